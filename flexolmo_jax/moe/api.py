@@ -1,0 +1,49 @@
+"""The public face of the mixture-of-experts operation.
+
+Axis legend: `T` tokens, `K` choices per token, `E` experts, `D` model width, `F` hidden width of an expert.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from flexolmo_jax.moe import dense
+
+
+class FeedForward(NamedTuple):
+    """The weights of one expert: `down(silu(x @ gate) * (x @ up))`."""
+
+    gate: Float[Array, "D F"]
+    up: Float[Array, "D F"]
+    down: Float[Array, "F D"]
+
+
+IMPLEMENTATIONS = {"dense": dense.mix_experts}
+
+
+def mix_experts(
+    x: Float[Array, "T D"],
+    probabilities: Float[Array, "T K"],
+    choices: Int[Array, "T K"],
+    experts: Sequence[FeedForward],
+    implementation: str | None = None,
+) -> Float[Array, "T D"]:
+    """Returns `sum_k probabilities[t, k] * FFN_{choices[t, k]}(x[t])`, exactly: no token is ever dropped.
+
+    Source: section 3.2 of arXiv 2507.07024, `y = sum_{i in TopK} softmax(r(x))_i M_i(x)`.
+
+    Args:
+      x: tokens, in the compute dtype.
+      probabilities: float32 weight of each choice. A choice of weight zero contributes exactly nothing.
+      choices: index of the expert behind each weight; the experts of one token are distinct.
+      experts: weights of the `E` experts, in the order that `choices` counts them.
+      implementation: a name of `IMPLEMENTATIONS`; None picks the best one for the backend.
+
+    Raises:
+      ValueError: the implementation's name is unknown.
+    """
+    name = implementation or "dense"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {name!r} of mix_experts; there are {sorted(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name](x, probabilities, choices, experts)

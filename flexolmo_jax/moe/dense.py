@@ -1,0 +1,33 @@
+"""Every expert on every token, then the mix: right when nearly all experts are active (k close to E).
+
+There is no sort and no gather, and a frozen expert costs no weight gradient, because nothing differentiates its weights.
+Axis legend: see `flexolmo_jax.moe.api`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def feed_forward(x: Float[Array, "T D"], weights) -> Float[Array, "T D"]:
+    """SwiGLU, `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
+    gate, up, down = (w.astype(x.dtype) for w in weights)
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def mix_experts(
+    x: Float[Array, "T D"],
+    probabilities: Float[Array, "T K"],
+    choices: Int[Array, "T K"],
+    experts: Sequence,
+) -> Float[Array, "T D"]:
+    if len(experts) == 1:
+        return feed_forward(x, experts[0]) * probabilities.astype(x.dtype)
+    one_hot = jax.nn.one_hot(choices, len(experts), dtype=probabilities.dtype)
+    weights = jnp.einsum("tk,tke->te", probabilities, one_hot)
+    mixed = jnp.zeros(x.shape, jnp.float32)
+    for index, expert in enumerate(experts):
+        mixed += weights[:, index, None] * feed_forward(x, expert)
+    return mixed.astype(x.dtype)
