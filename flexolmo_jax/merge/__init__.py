@@ -1,0 +1,5 @@
+"""Offline merging of an anchor and contributions."""
+
+from flexolmo_jax.merge.concatenate import merge
+
+__all__ = ["merge"]

@@ -1,0 +1,1 @@
+"""Artefacts on disk: anchors, contributions, merged models, and the checkpoints of a running job."""

@@ -1,0 +1,107 @@
+"""Arrays on disk: Orbax checkpoints with one Zarr directory per leaf, so that a part can be read or copied alone."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore
+from orbax.checkpoint import v1 as ocp
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.partition import LeafPath, Predicate, flatten, select, unflatten
+
+CHUNK_BYTES = 64 * 2**20
+"""Largest piece of a leaf in one file. A leaf that is stacked over layers has at least one file per layer."""
+
+_NOT_STACKED = ("embed", "head", "final_norm")
+
+_ITEM = "state"
+"""Where, within a checkpoint, Orbax puts the Zarr directories of a tree that it was given without a name."""
+
+
+def save(directory: Path, params: Mapping[str, Any]) -> None:
+    """Writes a nested dict of arrays as an Orbax checkpoint, uncompressed, without timing or sharding sidecars."""
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt = False
+    saving.use_compression = False
+    saving.enable_write_sharding_file = False
+    saving.array_metadata_store = None
+    saving.scoped_storage_options_creator = _chunking
+    with context:
+        ocp.save(directory.absolute(), dict(params))
+
+
+def shapes(directory: Path) -> dict[str, Any]:
+    """Nested dict of `jax.ShapeDtypeStruct` of every leaf, without reading any array.
+
+    Raises:
+      UserError: the directory is not a complete checkpoint.
+    """
+    if not ocp.is_orbax_checkpoint(directory.absolute()):
+        raise UserError(f"{directory} is not a complete Orbax checkpoint")
+    metadata = ocp.metadata(directory.absolute()).metadata
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
+
+
+def load(directory: Path, predicate: Predicate = lambda path: True, *, shardings=None) -> dict[str, Any]:
+    """Reads the leaves that satisfy the predicate, and nothing else.
+
+    Args:
+      directory: an Orbax checkpoint.
+      predicate: which paths to read.
+      shardings: function from a path and a `jax.ShapeDtypeStruct` to the sharding to read that leaf into; without it,
+        leaves come back as NumPy arrays in host memory.
+    """
+    wanted = flatten(select(shapes(directory), predicate))
+    if shardings is None:
+        target: dict[LeafPath, Any] = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in wanted.items()}
+    else:
+        target = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings(path, leaf))
+            for path, leaf in wanted.items()
+        }
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load(directory.absolute(), unflatten(target))
+
+
+def open_leaves(directory: Path) -> dict[LeafPath, tensorstore.TensorStore]:
+    """Every leaf by its path, opened but not read: `leaf[layer].read().result()` reads that layer and nothing else.
+
+    Raises:
+      UserError: the directory is not a complete checkpoint.
+    """
+
+    def open_leaf(path: LeafPath) -> tensorstore.TensorStore:
+        where = f"{directory.absolute()}/{_ITEM}/{'.'.join(path)}/"
+        return tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}, read=True).result()
+
+    return {path: open_leaf(path) for path in flatten(shapes(directory))}
+
+
+def digests(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and SHA-256 (of the little-endian bytes in C order) of every leaf, by its path joined with '/'."""
+    described = {}
+    for path, leaf in flatten(params).items():
+        array = np.ascontiguousarray(leaf)
+        digest = hashlib.sha256(array.view(np.uint8).data if array.ndim else array.tobytes()).hexdigest()
+        described["/".join(path)] = {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}
+    return described
+
+
+def fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 of what `digests` returns: equal exactly if every leaf is bit-identical."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _chunking(path, _value):
+    options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
+    if path[-1].key not in _NOT_STACKED:
+        options.shard_axes = (0,)
+    return options
