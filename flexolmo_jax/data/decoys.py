@@ -1,0 +1,57 @@
+"""Decoys: made-up text that belongs to nobody.
+
+An owner can hold its own text against public text only; it never sees what the other owners have. A router row that
+learned nothing but "mine or public" also answers to strangers' text, and then an expert takes other experts' tokens, or,
+where another expert is excluded, that expert's. Decoys stand in for the strangers: text with a regular structure that
+is neither the owner's nor public. Half of them are public text whose ids went through a random substitution, the other
+half comes from random Markov chains over random subsets of the ids that public text uses.
+"""
+
+import numpy as np
+
+from flexolmo_jax.data.packing import Packing, Rows
+
+_MOST_SYMBOLS = 64
+_CONCENTRATIONS = (0.03, 0.1, 0.3, 1.0)
+"""Of the Dirichlet distribution that a chain's transitions are drawn from: from almost fixed to almost uniform."""
+
+
+class Decoys:
+    """Random access to rows of decoys; row `i` is a pure function of (public text, seed, `i`)."""
+
+    def __init__(self, public: Packing, own: Packing, seed: int):
+        self._public = public
+        self._seed = seed
+        self._ids = np.union1d(*(_ids_in_use(packing) for packing in (public, own)))
+
+    def __len__(self) -> int:
+        return len(self._public)
+
+    def __getitem__(self, index: int) -> Rows:
+        rng = np.random.default_rng((self._seed, index))
+        rows = self._public[index]
+        tokens = np.append(rows.inputs, rows.targets[-1:])
+        tokens = self._substitute(tokens, rng) if index % 2 else self._chain(len(tokens), rng)
+        return rows._replace(inputs=tokens[:-1], targets=tokens[1:])
+
+    def _substitute(self, tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        table = np.arange(max(self._ids.max(), tokens.max()) + 1, dtype=np.int32)
+        table[self._ids] = rng.permutation(self._ids)
+        return table[tokens]
+
+    def _chain(self, length: int, rng: np.random.Generator) -> np.ndarray:
+        count = int(rng.integers(3, min(_MOST_SYMBOLS, len(self._ids)) + 1))
+        symbols = rng.choice(self._ids, count, replace=False)
+        concentration = np.full(count, rng.choice(_CONCENTRATIONS))
+        transitions = rng.dirichlet(concentration, count).cumsum(axis=1)
+        state, states = int(rng.integers(count)), np.empty(length, np.int64)
+        for position, draw in enumerate(rng.random(length)):
+            state = min(int(np.searchsorted(transitions[state], draw)), count - 1)
+            states[position] = state
+        return symbols[states].astype(np.int32)
+
+
+def _ids_in_use(packing: Packing) -> np.ndarray:
+    """Ids that occur in a few evenly spaced rows."""
+    sample = np.unique(np.linspace(0, len(packing) - 1, min(256, len(packing))).astype(int))
+    return np.unique(np.concatenate([packing[i].inputs for i in sample]))
