@@ -65,7 +65,7 @@ setup(
             "ruff>=0.17,<0.18",
         ],
     },
-    entry_points={"console_scripts": ["flexolmo = flexolmo_jax.cli:main"]},
+    entry_points={"console_scripts": ["flexolmo = flexolmo_jax.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

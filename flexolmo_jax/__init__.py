@@ -1,11 +1,11 @@
 """FlexOlmo in JAX: modular language models whose experts are trained apart and merged offline.
 
-    import flexolmo_jax as fo
+import flexolmo_jax as fo
 
-    model = fo.load("runs/demo/merged")
-    logits = model(ids, experts=["public", "math"], top_k=2)
-    fo.merge(anchor, contributions, out)
-    fo.export_hf(checkpoint, out)
+model = fo.load("runs/demo/merged")
+logits = model(ids, experts=["public", "math"], top_k=2)
+fo.merge(anchor, contributions, out)
+fo.export_hf(checkpoint, out)
 """
 
 import importlib
@@ -22,7 +22,7 @@ _HOMES = {
     "merge": "flexolmo_jax.merge",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

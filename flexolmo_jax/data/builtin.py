@@ -20,9 +20,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-SPLITS = ("train", "validation", "test")
-HELD_OUT_PERCENT = 4
-"""Of all documents, the share that goes to validation, and again to test."""
+from flexolmo_jax.data.splits import SPLITS, split_of
 
 MAX_BYTES = {"public": 2_400_000, "code": 900_000, "math": 700_000, "unicode": 700_000}
 """Upper bound on a corpus's text; document order is a stable shuffle, so a cut takes no topic away."""
@@ -31,14 +29,6 @@ MAX_DOCUMENT_BYTES = 1_500
 
 Document = tuple[str, str]
 """The split it belongs to, and its text."""
-
-
-def split_of(key: str) -> str:
-    """The split that a document with this key belongs to: a stable function of the key alone."""
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % 100
-    if bucket < HELD_OUT_PERCENT:
-        return "test"
-    return "validation" if bucket < 2 * HELD_OUT_PERCENT else "train"
 
 
 def build(directory: Path) -> dict[str, Path]:
@@ -79,7 +69,7 @@ def _modules() -> Iterator[ast.Module]:
             continue
 
 
-def _definitions(module: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+def _definitions(module: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node
@@ -111,12 +101,12 @@ def _prose(modules: list[ast.Module]) -> Iterator[Document]:
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
-    def visit(self, node):
+    def visit(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
-        body = getattr(node, "body", None)
-        is_documented = isinstance(body, list) and body and isinstance(body[0], ast.Expr)
-        if is_documented and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str):
-            node.body = body[1:] or [ast.Pass()]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            match node.body:
+                case [ast.Expr(ast.Constant(str())), *rest]:
+                    node.body = rest or [ast.Pass()]
         return node
 
 

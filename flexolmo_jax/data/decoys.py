@@ -1,8 +1,8 @@
 """Decoys: made-up text that belongs to nobody.
 
 An owner can hold its own text against public text only; it never sees what the other owners have. A router row that
-learned nothing but "mine or public" also answers to strangers' text, and then an expert takes other experts' tokens, or,
-where another expert is excluded, that expert's. Decoys stand in for the strangers: text with a regular structure that
+learned nothing but "mine or public" may answer to strangers' text too, and then its expert takes tokens that are not
+its own. Decoys stand in for the strangers: text with a regular structure that
 is neither the owner's nor public. Half of them are public text whose ids went through a random substitution, the other
 half comes from random Markov chains over random subsets of the ids that public text uses.
 """

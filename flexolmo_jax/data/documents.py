@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from flexolmo_jax.data.splits import split_of
 from flexolmo_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
@@ -41,6 +42,22 @@ def read_documents(files: Sequence[Path]) -> Iterator[str]:
             raise UserError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from error
         except (OSError, EOFError) as error:
             raise UserError(f"cannot read {file}: {error}") from error
+
+
+def split_texts(corpus: Path, split: str) -> Iterator[str]:
+    """The texts of one split of a corpus.
+
+    A corpus with files named `train*`, `validation*`, `test*` has these splits. In any other corpus, a stable hash of
+    its text decides which split a document belongs to.
+
+    Raises:
+      UserError: the corpus is missing, empty or unreadable.
+    """
+    files = text_files(corpus)
+    if any(file.name.startswith("train") for file in files):
+        yield from read_documents([file for file in files if file.name.startswith(split)])
+    else:
+        yield from (text for text in read_documents(files) if split_of(text) == split)
 
 
 def _read_lines(file: Path) -> Iterator[str]:

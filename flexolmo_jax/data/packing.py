@@ -1,7 +1,8 @@
 """Packing of documents into rows of equal length, decided from the documents' lengths alone."""
 
+import itertools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,7 +10,9 @@ from flexolmo_jax.data.prepare import Documents
 
 
 class Rows(NamedTuple):
-    """Packed documents. A row holds `S + 1` tokens: inputs are the first `S`, targets the last `S`.
+    """Packed documents: NumPy arrays, or JAX arrays once they are on a device.
+
+    A row holds `S + 1` tokens: inputs are the first `S`, targets the last `S`.
 
     Attributes:
       inputs: int32 [..., S] ids.
@@ -19,11 +22,11 @@ class Rows(NamedTuple):
       weights: float32 [..., S] 1 where input and target belong to the same piece, else 0.
     """
 
-    inputs: np.ndarray
-    targets: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    weights: np.ndarray
+    inputs: Any
+    targets: Any
+    positions: Any
+    segments: Any
+    weights: Any
 
 
 class Packing:
@@ -75,7 +78,7 @@ def sample_rows(packing: Packing, count: int) -> Rows:
 def _pieces(offsets: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Start and length of every document piece of at most `width` tokens; pieces of one token teach nothing."""
     starts, lengths = [], []
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in itertools.pairwise(offsets):
         for start in range(begin, end, width):
             if (length := min(width, end - start)) > 1:
                 starts.append(start)

@@ -4,16 +4,21 @@ A prepared split is `<split>.tokens.npy` (all documents one after another, each 
 (where each begins, and the end). `manifest.json` names the digests of the sources and is written last.
 """
 
+import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from flexolmo_jax.data.builtin import HELD_OUT_PERCENT, SPLITS, split_of
-from flexolmo_jax.data.documents import read_documents, text_files
+from flexolmo_jax.data.documents import split_texts, text_files
+from flexolmo_jax.data.splits import SPLITS
 from flexolmo_jax.errors import UserError
 
 FORMAT_VERSION = 1
@@ -41,8 +46,8 @@ class Documents:
 def prepare(corpus: Path, out: Path) -> Path:
     """Tokenizes every split of a corpus into `out`, unless that is what `out` already holds; returns `out`.
 
-    A corpus with files named `train*`, `validation*`, `test*` has these splits. In any other corpus, a stable hash of its
-    text decides which split a document belongs to.
+    A corpus with files named `train*`, `validation*`, `test*` has these splits. In any other corpus, a stable hash of
+    its text decides which split a document belongs to.
 
     Raises:
       UserError: the corpus is missing, empty or unreadable.
@@ -57,7 +62,7 @@ def prepare(corpus: Path, out: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        counts = {split: _write_split(partial, split, documents) for split, documents in _tokenize(files).items()}
+        counts = {split: _write_split(partial, split, documents) for split, documents in _tokenize(corpus).items()}
         if not counts["train"]:
             raise UserError(f"the corpus {corpus} has no document to train on")
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
@@ -75,22 +80,35 @@ def open_split(prepared: Path, split: str) -> Documents:
     return Documents(tokens, np.load(prepared / f"{split}.offsets.npy"))
 
 
-def _tokenize(files: list[Path]) -> dict[str, list[np.ndarray]]:
-    from flexolmo_jax.data.tasks import text_task  # imports TensorFlow
+def _tokenize(corpus: Path) -> dict[str, list[np.ndarray]]:
+    with _quiet_start_of_tensorflow():
+        from flexolmo_jax.data.tasks import text_task
 
-    named = {split: [file for file in files if file.name.startswith(split)] for split in SPLITS}
-    documents: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    if named["train"]:
-        task = text_task("corpus", named)
-        for split in SPLITS:
-            for example in task.get_dataset(None, split=split, shuffle=False).as_numpy_iterator():
-                documents[split].append(example["targets"])
-    else:
-        task = text_task("corpus", {"train": files})
-        examples = task.get_dataset(None, split="train", shuffle=False).as_numpy_iterator()
-        for text, example in zip(read_documents(files), examples, strict=True):
-            documents[split_of(text)].append(example["targets"])
+    task = text_task("corpus", corpus)
+    documents: dict[str, list[np.ndarray]] = {}
+    for split in SPLITS:
+        examples = task.get_dataset(None, split=split, shuffle=False).as_numpy_iterator()
+        try:
+            documents[split] = [example["targets"] for example in examples]
+        except Exception:
+            # TensorFlow buries what the reader raised; reading once more without it says what is wrong.
+            collections.deque(split_texts(corpus, split), maxlen=0)
+            raise
     return documents
+
+
+@contextlib.contextmanager
+def _quiet_start_of_tensorflow() -> Iterator[None]:
+    """TensorFlow greets on standard error whatever its log level says; a person who prepares text need not see that."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _write_split(directory: Path, split: str, documents: list[np.ndarray]) -> int:

@@ -35,7 +35,10 @@ def select_proxies(own: Documents, public: Documents, out: Path, *, share: float
     if not 0 < share <= 1:
         raise UserError(f"the share of proxies must be above 0 and at most 1, but it is {share}")
     log_odds = np.log(_counts(own)) - np.log(_counts(public))
-    scores = np.array([log_odds[_grams(document)].mean() if len(document) > _GRAM else -np.inf for document in public])
+    documents = [public[index] for index in range(len(public))]
+    scores = np.array(
+        [log_odds[_grams(document)].mean() if len(document) > _GRAM else -np.inf for document in documents]
+    )
     count = max(1, round(share * len(public)))
     chosen = np.argsort(-scores, kind="stable")[:count]
     out.mkdir(parents=True, exist_ok=True)

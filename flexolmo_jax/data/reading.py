@@ -1,7 +1,7 @@
 """Batches of packed rows, read with Grain: row `i` of step `s` is a pure function of (seed, `s`, `i`)."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """
 
     rows: Rows
-    source: np.ndarray
+    source: Any
 
 
 class RowSource(Protocol):

@@ -14,7 +14,7 @@ from flexolmo_jax.model.config import ModelConfig
 
 
 class RouterRow(nnx.Module):
-    """One expert's row in every layer, and (but for the public expert) its bias, of which only the negative part acts."""
+    """One expert's row in every layer and, but for the public one, its bias, of which the negative part alone acts."""
 
     def __init__(self, config: ModelConfig, *, has_bias: bool):
         self.row = nnx.Param(jnp.zeros((config.layers, config.width)))
@@ -36,9 +36,7 @@ class Routing(NamedTuple):
     choices: Int[Array, "B S K"]
 
 
-def choose(
-    logits: Float[Array, "B S E"], permitted: Bool[Array, "B E"] | None, top_k: int, normalize: bool
-) -> Routing:
+def choose(logits: Float[Array, "B S E"], permitted: Bool[Array, "B E"] | None, top_k: int, normalize: bool) -> Routing:
     """Softmax over the permitted experts, then the `top_k` most probable ones.
 
     A forbidden expert's logit becomes minus infinity before the softmax, so that the model is the one that never had

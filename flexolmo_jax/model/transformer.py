@@ -99,7 +99,7 @@ class Trace(NamedTuple):
 
 
 Mix = Callable[[Float[Array, "B S D"], Routing, Layers], tuple[Float[Array, "B S D"], Any]]
-"""From what the experts of a layer see and what the router decided to their mixed output and a pytree of measurements."""
+"""From what a layer's experts see and what its router decided to their mixed output and a pytree of measurements."""
 
 
 class Transformer(nnx.Module):
@@ -240,9 +240,11 @@ class Transformer(nnx.Module):
         return choose(logits, permitted, top_k, self.config.normalize_top_k)
 
     def _mix(self, x, routing: Routing, layer: Layers) -> tuple[Array, None]:
-        flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x, routing.probabilities, routing.choices))
+        tokens, probabilities, choices = (
+            a.reshape(-1, a.shape[-1]) for a in (x, routing.probabilities, routing.choices)
+        )
         weights = [layer.experts[name].weights() for name in self.names]
-        return mix_experts(*flat, weights, self.implementation).reshape(x.shape), None
+        return mix_experts(tokens, probabilities, choices, weights, self.implementation).reshape(x.shape), None
 
 
 def initialise(

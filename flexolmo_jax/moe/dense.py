@@ -1,6 +1,6 @@
 """Every expert on every token, then the mix: right when nearly all experts are active (k close to E).
 
-There is no sort and no gather, and a frozen expert costs no weight gradient, because nothing differentiates its weights.
+There is no sort and no gather, and a frozen expert costs no weight gradient, because nothing differentiates it.
 Axis legend: see `flexolmo_jax.moe.api`.
 """
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def feed_forward(x: Float[Array, "T D"], weights) -> Float[Array, "T D"]:
+def feed_forward(x: Float[Array, "*T D"], weights) -> Float[Array, "*T D"]:
     """SwiGLU, `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
     gate, up, down = (w.astype(x.dtype) for w in weights)
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ CHUNK_BYTES = 64 * 2**20
 """Largest piece of a leaf in one file. A leaf that is stacked over layers has at least one file per layer."""
 
 _NOT_STACKED = ("embed", "head", "final_norm")
+
+logging.getLogger("absl").addFilter(
+    # Orbax warns about what it does by itself with a checkpoint of one directory per leaf, at every read and write.
+    lambda record: (
+        not str(record.msg).startswith(("TensorStore data files not found", "[process=%s][thread=%s] Skipping"))
+    )
+)
 
 _ITEM = "state"
 """Where, within a checkpoint, Orbax puts the Zarr directories of a tree that it was given without a name."""
@@ -45,11 +53,16 @@ def shapes(directory: Path) -> dict[str, Any]:
     if not ocp.is_orbax_checkpoint(directory.absolute()):
         raise UserError(f"{directory} is not a complete Orbax checkpoint")
     metadata = ocp.metadata(directory.absolute()).metadata
+    if metadata is None:  # So Orbax answers where a leaf that the checkpoint lists is not there.
+        raise UserError(f"{directory} cannot be read, a part of it is missing or damaged")
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)
 
 
 def load(directory: Path, predicate: Predicate = lambda path: True, *, shardings=None) -> dict[str, Any]:
     """Reads the leaves that satisfy the predicate, and nothing else.
+
+    Raises:
+      UserError: a part of it is missing or damaged.
 
     Args:
       directory: an Orbax checkpoint.
@@ -67,20 +80,30 @@ def load(directory: Path, predicate: Predicate = lambda path: True, *, shardings
         }
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    with context:
-        return ocp.load(directory.absolute(), unflatten(target))
+    try:
+        with context:
+            return ocp.load(directory.absolute(), unflatten(target))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{directory} cannot be read, a part of it is missing or damaged: {_first_line(error)}"
+        ) from error
 
 
 def open_leaves(directory: Path) -> dict[LeafPath, tensorstore.TensorStore]:
     """Every leaf by its path, opened but not read: `leaf[layer].read().result()` reads that layer and nothing else.
 
     Raises:
-      UserError: the directory is not a complete checkpoint.
+      UserError: the directory is not a complete checkpoint, or a leaf is missing.
     """
 
     def open_leaf(path: LeafPath) -> tensorstore.TensorStore:
         where = f"{directory.absolute()}/{_ITEM}/{'.'.join(path)}/"
-        return tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}, read=True).result()
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}
+        try:
+            # A missing file shall be an error of its reader, not zeros.
+            return tensorstore.open(spec | {"fill_missing_data_reads": False}, read=True).result()
+        except ValueError as error:
+            raise UserError(f"{directory} cannot be read, {'/'.join(path)} is missing or damaged") from error
 
     return {path: open_leaf(path) for path in flatten(shapes(directory))}
 
@@ -105,3 +128,7 @@ def _chunking(path, _value):
     if path[-1].key not in _NOT_STACKED:
         options.shard_axes = (0,)
     return options
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

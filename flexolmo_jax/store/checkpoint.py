@@ -53,5 +53,6 @@ def check_leaves(directory: Path, manifest: Manifest) -> None:
 
 def anchor_fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:
     """Fingerprint of the anchor's part of what `arrays.digests` returned."""
-    return arrays.fingerprint({name: leaf for name, leaf in described.items() if belongs_to_anchor(tuple(name.split("/")))})
-
+    return arrays.fingerprint(
+        {name: leaf for name, leaf in described.items() if belongs_to_anchor(tuple(name.split("/")))}
+    )

@@ -24,7 +24,9 @@ def check_name(name: str) -> None:
         )
 
 
-def write(out: Path, params: Mapping[str, Any], anchor: Manifest, record: ExpertRecord, *, top_k: int, gin: str) -> None:
+def write(
+    out: Path, params: Mapping[str, Any], anchor: Manifest, record: ExpertRecord, *, top_k: int, gin: str
+) -> None:
     """Writes the contribution of expert `record.name` for this anchor, replacing an older one.
 
     Args:
@@ -67,7 +69,9 @@ def load(directory: Path, anchor: Manifest) -> tuple[Manifest, dict[str, Any]]:
     if manifest.model != anchor.model:
         raise UserError(f"{directory} says its model is {manifest.model}, but the anchor is {anchor.model}")
     if manifest.tokenizer != anchor.tokenizer:
-        raise UserError(f"{directory} was tokenized with {manifest.tokenizer!r}, but the anchor with {anchor.tokenizer!r}")
+        raise UserError(
+            f"{directory} was tokenized with {manifest.tokenizer!r}, but the anchor with {anchor.tokenizer!r}"
+        )
     _, params = checkpoint.load(directory, "contribution")
     for path, leaf in flatten(params).items():
         if not np.all(np.isfinite(leaf.astype(np.float32))):

@@ -77,7 +77,7 @@ def read(directory: Path, *kinds: str) -> Manifest:
       UserError: it is missing, malformed, of another format version or of another kind.
     """
     file = directory / FILE
-    wanted = " or ".join(kinds) if kinds else "model"
+    wanted = " or ".join(kinds) or "model of ours"
     if not file.is_file():
         raise UserError(f"{directory} is not {_article(wanted)}: it has no {FILE}")
     try:

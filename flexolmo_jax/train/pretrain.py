@@ -1,0 +1,108 @@
+"""The anchor's job: train a dense model on public text."""
+
+from pathlib import Path
+
+import jax
+
+from flexolmo_jax import terminal
+from flexolmo_jax.data.packing import Packing
+from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.reading import batches
+from flexolmo_jax.model import PUBLIC, InitialScales, ModelConfig, builder, initialise
+from flexolmo_jax.model.bias_channel import pin
+from flexolmo_jax.parallel import MeshConfig
+from flexolmo_jax.store import arrays, checkpoint
+from flexolmo_jax.store.manifest import ExpertRecord, Manifest, read
+from flexolmo_jax.train.job import Job
+from flexolmo_jax.train.loop import train
+from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig
+from flexolmo_jax.train.optimizer import OptimizerConfig
+from flexolmo_jax.train.run import RunConfig
+from flexolmo_jax.train.step import TrainState, make_step, unconstrained
+
+
+def pretrain(
+    *,
+    out: Path,
+    text: Path,
+    model: ModelConfig,
+    run: RunConfig,
+    optimizer: OptimizerConfig,
+    objective: ObjectiveConfig,
+    mesh: MeshConfig,
+    scales: InitialScales,
+    overwrite: bool = False,
+    gin: str = "",
+) -> dict:
+    """Trains an anchor and writes it to `out/anchor`.
+
+    Args:
+      out: directory of the job; `prepared/`, `checkpoints/`, `metrics.jsonl` and `anchor/` appear in it.
+      text: public corpus, a directory or a file.
+      model: shape of the anchor.
+      run: length and batches.
+      optimizer: settings of AdamW.
+      objective: weights of the losses.
+      mesh: how the devices are arranged.
+      scales: scales of the fresh parameters.
+      overwrite: whether to begin anew where `out` holds something else.
+      gin: operative configuration, for the manifest.
+
+    Returns:
+      What to report: the anchor's directory, its fingerprint, and the tokens it saw.
+
+    Raises:
+      UserError: a setting, the corpus or `out` cannot be used.
+      Interrupted: asked to stop; the state is saved.
+    """
+    settings = {"job": "pretrain", "text": text, "model": model, "run": run, "optimizer": optimizer}
+    job = Job(out, settings | {"objective": objective, "mesh": mesh, "scales": scales}, overwrite=overwrite)
+    tokens_seen = run.steps * run.batch_size * run.sequence_length
+    if not job.is_done("anchor"):
+        layout = mesh.build()
+        layout.check_batch(run.batch_size // run.accumulation)
+        rows = Packing(open_split(prepare(text, out / "prepared"), "train"), run.sequence_length)
+        terminal.banner(
+            "pretrain",
+            {
+                "model": f"{model.num_params() / 1e6:,.2f} M parameters",
+                "text": f"{text}, {len(rows):,} rows of {run.sequence_length} tokens",
+                "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
+                "mesh": layout.describe(),
+                "out": out,
+            },
+        )
+        constrain = pin if model.bias_channel else unconstrained
+        params = layout.place(constrain(initialise(model, seed=run.seed, scales=scales)))
+        transformation = optimizer.build(run.steps)
+        task = LanguageModelling(objective)
+        step = make_step(
+            builder(model, (PUBLIC,), **run.model_options),
+            task.weigh,
+            task.loss,
+            transformation,
+            accumulation=run.accumulation,
+            constrain=constrain,
+        )
+        state = train(
+            step,
+            TrainState(params, jax.jit(transformation.init)(params)),
+            {},
+            batches({0: rows}, {0: 1.0}, run.batch_size, run.seed),
+            run,
+            out=out,
+            layout=layout,
+        )
+        described = arrays.digests(jax.device_get(state.params))
+        manifest = Manifest(
+            kind="anchor",
+            model=model,
+            experts=(ExpertRecord(name=PUBLIC, tokens_seen=tokens_seen),),
+            anchor=checkpoint.anchor_fingerprint(described),
+            arrays=described,
+            top_k=1,
+            gin=gin,
+        )
+        checkpoint.write(out / "anchor", jax.device_get(state.params), manifest)
+    manifest = read(out / "anchor", "anchor")
+    return {"anchor": out / "anchor", "fingerprint": manifest.anchor, "tokens": tokens_seen}

@@ -1,0 +1,119 @@
+"""The coordinator's optional job: tune router rows and biases on proxies, public text that resembles the owners'.
+
+The result is a derived model: its rows have seen what every owner's proxies say about that owner, so leaving an expert
+out no longer leaves no trace. Its manifest names the owners.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from flexolmo_jax import terminal
+from flexolmo_jax.data.packing import Packing
+from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.reading import batches
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import PUBLIC, builder
+from flexolmo_jax.model.partition import belongs_to_router, join, split
+from flexolmo_jax.parallel import MeshConfig
+from flexolmo_jax.store import arrays, checkpoint, manifest
+from flexolmo_jax.train.frozen import in_compute_dtype
+from flexolmo_jax.train.job import Job
+from flexolmo_jax.train.loop import train
+from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig
+from flexolmo_jax.train.optimizer import OptimizerConfig
+from flexolmo_jax.train.run import DTYPES, RunConfig
+from flexolmo_jax.train.step import TrainState, make_step
+
+
+def tune_router(
+    *,
+    out: Path,
+    merged: Path,
+    public_text: Path,
+    proxies: Mapping[str, Path],
+    run: RunConfig,
+    optimizer: OptimizerConfig,
+    objective: ObjectiveConfig,
+    mesh: MeshConfig,
+    overwrite: bool = False,
+    gin: str = "",
+) -> dict:
+    """Tunes the rows and biases of a merged model and writes the derived model to `out/merged`.
+
+    Args:
+      out: directory of the job; `prepared/`, `checkpoints/`, `metrics.jsonl` and `merged/` appear in it.
+      merged: directory of the merged model.
+      public_text: public corpus.
+      proxies: by expert, a corpus of public text that resembles its owner's; all of them and the public corpus are read
+        in equal parts (section 3.3.3 of arXiv 2507.07024).
+      run: length and batches.
+      optimizer: settings of AdamW.
+      objective: weights of the losses.
+      mesh: how the devices are arranged.
+      overwrite: whether to begin anew where `out` holds something else.
+      gin: operative configuration, for the manifest.
+
+    Returns:
+      What to report: the derived model's directory and the tokens it was tuned on.
+
+    Raises:
+      UserError: a setting, the model, a corpus or `out` cannot be used.
+      Interrupted: asked to stop; the state is saved.
+    """
+    base = manifest.read(merged, "merged")
+    for name in proxies:
+        if name not in base.names or name == PUBLIC:
+            raise UserError(f"proxies are given for {name!r}, but the owners' experts are {', '.join(base.names[1:])}")
+    settings = {"job": "tune-router", "merged": arrays.fingerprint(base.arrays), "public_text": public_text}
+    settings |= {"proxies": dict(proxies), "run": run, "optimizer": optimizer, "objective": objective, "mesh": mesh}
+    job = Job(out, settings, overwrite=overwrite)
+    tokens_seen = run.steps * run.batch_size * run.sequence_length
+    result = {"merged": out / "merged", "tokens": tokens_seen}
+    if job.is_done("merged"):
+        return result
+
+    layout = mesh.build()
+    layout.check_batch(run.batch_size // run.accumulation)
+    corpora = {PUBLIC: public_text} | dict(proxies)
+    prepared = {name: prepare(corpus, out / "prepared" / name) for name, corpus in corpora.items()}
+    rows = [Packing(open_split(corpus, "train"), run.sequence_length) for corpus in prepared.values()]
+    terminal.banner(
+        "tune-router",
+        {
+            "model": f"{merged}, experts {', '.join(base.names)}",
+            "text": f"{', '.join(corpora)} in equal parts",
+            "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
+            "mesh": layout.describe(),
+            "out": out,
+        },
+    )
+    _, params = checkpoint.load(merged, "merged")
+    rows_and_biases, rest = split(params, belongs_to_router)
+    trainable = layout.place(rows_and_biases)
+    frozen = layout.place(in_compute_dtype(rest, DTYPES[run.compute_dtype]))
+    task = LanguageModelling(objective)
+    transformation = optimizer.build(run.steps)
+    state = train(
+        make_step(
+            builder(base.model, base.names, **run.model_options),
+            task.weigh,
+            task.loss,
+            transformation,
+            accumulation=run.accumulation,
+        ),
+        TrainState(trainable, jax.jit(transformation.init)(trainable)),
+        frozen,
+        batches(dict(enumerate(rows)), dict.fromkeys(range(len(rows)), 1 / len(rows)), run.batch_size, run.seed),
+        run,
+        out=out,
+        layout=layout,
+    )
+    tuned = jax.device_get(state.params)
+    derived = dataclasses.replace(
+        base, arrays=base.arrays | arrays.digests(tuned), router_tuned_on=tuple(proxies), gin=gin
+    )
+    checkpoint.write(out / "merged", join(rest, tuned), derived)
+    return result
