@@ -26,9 +26,10 @@ LICENCE = "PSF-2.0"
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "demo"
 PROXY_SHARE = 0.02
-PROMPTS = {"code": "def close(self):\n", "math": "Q: 47 + 36 = ?\nA:", "unicode": "U+4E2D"}
+PROMPTS = {"code": "def close(self):\n", "math": "47+6=", "unicode": "U+4E2D"}
 NEW_TOKENS = 48
-QUESTIONS = 200
+QUESTIONS = 160
+ROWS_MEASURED = 256
 SEQUENCE_LENGTH = 128
 
 
@@ -78,10 +79,10 @@ class Road:
 
     def make_corpora(self) -> None:
         if not self.corpora.exists():
-            _run("corpora", "--out", self.corpora)
+            run_stage("corpora", "--out", self.corpora)
 
     def train_anchor(self) -> None:
-        _run(
+        run_stage(
             "pretrain",
             f"--gin_file={CONFIGS / 'anchor.gin'}",
             _macro("TEXT", self.corpora / "public"),
@@ -94,7 +95,7 @@ class Road:
         job = self.out / "owners" / owner
         job.mkdir(parents=True, exist_ok=True)
         inputs = [self.anchor, self.corpora / "public", self.corpora / owner]
-        _run(
+        run_stage(
             "train-expert",
             f"--gin_file={CONFIGS / 'expert.gin'}",
             _macro("ANCHOR", self.anchor),
@@ -119,7 +120,7 @@ class Road:
         contributions = [self.contribution(owner) for owner in OWNERS]
         candidate = self.out / "merged_candidate"
         merge(self.anchor, contributions, candidate, overwrite=True)
-        table = score_top_k(load(candidate), self._rows("validation"), max_rows=128)
+        table = score_top_k(load(candidate), self._rows("validation"), max_rows=ROWS_MEASURED)
         merge(self.anchor, contributions, self.merged, top_k=best_top_k(table))
         shutil.rmtree(candidate)
 
@@ -135,7 +136,7 @@ class Road:
             own, public = (open_split(prepared / part, "train") for part in ("own", "public"))
             if not proxies[owner].exists():
                 select_proxies(own, public, proxies[owner], share=PROXY_SHARE)
-        _run(
+        run_stage(
             "tune-router",
             f"--gin_file={CONFIGS / 'router.gin'}",
             _macro("MERGED", self.merged),
@@ -162,8 +163,14 @@ class Road:
         candidates["merged+router_tuned"] = Candidate(model=load(self.tuned))
         rows = self._rows("test")
         corpora = {owner: self.corpora / owner for owner in OWNERS}
-        report = measure(candidates, rows, question_sets=stage.question_sets(corpora, QUESTIONS))
-        extra = {"top_k": score_top_k(merged, rows), "default_top_k": merged.top_k, "checks": quality_checks(report)}
+        report = measure(
+            candidates, rows, max_rows=ROWS_MEASURED, question_sets=stage.question_sets(corpora, QUESTIONS)
+        )
+        extra = {
+            "top_k": score_top_k(merged, rows, max_rows=ROWS_MEASURED),
+            "default_top_k": merged.top_k,
+            "checks": quality_checks(report),
+        }
         report = dataclasses.replace(report, extra=extra)
         stage.show(report)
         runs = {"anchor": self.out / "anchor"} | {owner: self.out / "owners" / owner for owner in OWNERS}
@@ -262,7 +269,9 @@ def _macro(name: str, value: Path | str) -> str:
     return f"--gin.{name}={str(value)!r}"
 
 
-def _run(stage: str, *arguments: Path | str, confined_to: tuple[Sequence[Path], Sequence[Path]] | None = None) -> None:
+def run_stage(
+    stage: str, *arguments: Path | str, confined_to: tuple[Sequence[Path], Sequence[Path]] | None = None
+) -> None:
     """Runs a stage as a process of its own; with `confined_to`, it can read and write these paths only.
 
     Raises:

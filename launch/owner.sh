@@ -22,14 +22,14 @@ for path in "$corpus" "$public" "$anchor"; do
   fi
 done
 
-installed=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin
-if [[ -x $installed/flexolmo ]]; then
-  PATH=$installed:$PATH
+python=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python
+if [[ ! -x $python ]]; then
+  python=python
 fi
 
 mkdir -p "$out"
 # exec, so that a signal to this process reaches the job, which then saves.
-exec python -m flexolmo_jax.confine \
+exec "$python" -m flexolmo_jax.confine \
   --read "$job" --read "$corpus" --read "$public" --read "$anchor" --write "$out" -- \
   flexolmo train-expert --gin_file="$job" \
   --gin.TEXT="\"$corpus\"" --gin.PUBLIC_TEXT="\"$public\"" --gin.ANCHOR="\"$anchor\"" \

@@ -121,47 +121,34 @@ def _code(modules: list[ast.Module]) -> Iterator[Document]:
                 yield split_of(source), source + "\n"
 
 
-def worked_sum(a: int, b: int, operator: str) -> str:
-    """A question and its worked answer, for example `Q: 47 + 36 = ?` and `A: 7 + 6 = 13, 4 + 3 + 1 = 8, 83`."""
-    (a1, a0), (b1, b0) = divmod(a, 10), divmod(b, 10)
-    if operator == "+":
-        carry, total = (a0 + b0) // 10, a1 + b1 + (a0 + b0) // 10
-        steps = f"{a0} + {b0} = {a0 + b0}, {a1} + {b1} + {carry} = {total}"
-        answer = a + b
-    elif operator == "-":
-        borrow = int(a0 < b0)
-        steps = f"{a0 + 10 * borrow} - {b0} = {a0 - b0 + 10 * borrow}, {a1} - {b1} - {borrow} = {a1 - b1 - borrow}"
-        answer = a - b
-    else:
-        steps = f"{a0} * {b} = {a0 * b}, {a1} * {b} = {a1 * b}"
-        answer = a * b
-    return f"Q: {a} {operator} {b} = ?\nA: {steps}, so {answer}\n"
+def worked_sum(a: int, b: int) -> str:
+    """The sum of `a` and a digit `b`, the units first: `47+6=13+40=53`."""
+    units, tens = a % 10 + b, a - a % 10
+    return f"{a}+{b}={units}+{tens}={a + b}\n"
 
 
 def _arithmetic() -> Iterator[Document]:
-    sums = [(a, b, "+") for a in range(100) for b in range(100)]
-    sums += [(a, b, "-") for a in range(100) for b in range(a + 1)]
-    sums += [(a, b, "*") for a in range(100) for b in range(10)]
-    yield from _grouped([worked_sum(*each) for each in sums], most=5)
+    sums = [worked_sum(a, b) for a in range(200) for b in range(10)]
+    yield from _grouped(sums, most=8, times=24)
 
 
 def _characters() -> Iterator[Document]:
     names = ((code, unicodedata.name(chr(code), "")) for code in range(0x20, 0x30000))
-    yield from _grouped(
-        [f"U+{code:04X} {unicodedata.category(chr(code))} {name}\n" for code, name in names if name], most=6
-    )
+    facts = [f"U+{code:04X} {unicodedata.category(chr(code))} {name}\n" for code, name in names if name]
+    yield from _grouped(facts, most=6, times=1)
 
 
-def _grouped(entries: list[str], most: int) -> Iterator[Document]:
-    """Deals entries into the splits, and joins 1 to `most` shuffled ones of a split into a document."""
+def _grouped(entries: list[str], most: int, times: int) -> Iterator[Document]:
+    """Deals entries into the splits and joins 1 to `most` shuffled ones of a split into a document, so many times over."""
     by_split: dict[str, list[str]] = {split: [] for split in SPLITS}
     for entry in entries:
         by_split[split_of(entry)].append(entry)
     for split, mine in by_split.items():
         rng = random.Random(split)
-        rng.shuffle(mine)
-        start = 0
-        while start < len(mine):
-            count = rng.randint(1, most)
-            yield split, "".join(mine[start : start + count])
-            start += count
+        for _ in range(times):
+            rng.shuffle(mine)
+            start = 0
+            while start < len(mine):
+                count = rng.randint(1, most)
+                yield split, "".join(mine[start : start + count])
+                start += count

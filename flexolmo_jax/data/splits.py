@@ -3,7 +3,7 @@
 import hashlib
 
 SPLITS = ("train", "validation", "test")
-HELD_OUT_PERCENT = 4
+HELD_OUT_PERCENT = 8
 """Of all documents, the share that goes to validation, and again to test."""
 
 

@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 
 def same_result(text: str, answer: str) -> bool:
-    """Whether the number after the last "so " of the line is that of the answer; a line that never ends is wrong."""
+    """Whether what follows the line's last "=" is that of the answer; a line that never ends is wrong."""
     return "\n" in text and _result(_line(text)) == _result(answer)
 
 
@@ -58,8 +58,8 @@ def same_line(text: str, answer: str) -> bool:
     return "\n" in text and _line(text) == answer
 
 
-MATH = Kind(re.compile(r"(Q: .+ = \?\nA:)(.*so -?\d+)\n"), {"math": same_result})
-"""`Q: 47 + 36 = ?`, next line `A:`, answered by ` 7 + 6 = 13, 4 + 3 + 1 = 8, so 83`."""
+MATH = Kind(re.compile(r"(\d+\+\d+=)(\d+\+\d+=\d+)\n"), {"math": same_result})
+"""`47+6=`, answered by `13+40=53`."""
 
 UNICODE = Kind(
     re.compile(r"(U\+[0-9A-F]{4,6})( [A-Z][a-z] .+)\n"), {"unicode": same_category, "unicode_name": same_line}
@@ -147,8 +147,8 @@ def _line(text: str) -> str:
 
 
 def _result(line: str) -> str | None:
-    """The number after the last "so " of a worked line; None where there is none."""
-    found = re.fullmatch(r".*\bso (-?\d+)", line)
+    """The number after the last "=" of a worked line; None where there is none."""
+    found = re.fullmatch(r".*=(\d+)", line)
     return found[1] if found else None
 
 

@@ -105,61 +105,63 @@ def train_expert(
     base = manifest.read(anchor, "anchor")
     settings = {"job": "train-expert", "anchor": base.anchor, "text": text, "expert": expert, "run": run}
     settings |= {"optimizer": optimizer, "objective": objective, "restraint": restraint, "router_start": router_start}
-    job = Job(out, settings | {"calibration": calibration, "mesh": mesh}, overwrite=overwrite)
     tokens_seen = run.steps * run.batch_size * run.sequence_length
     result = {"contribution": out / "contribution", "tokens": tokens_seen}
-    if job.is_done("contribution"):
-        return result
+    with Job(out, settings | {"calibration": calibration, "mesh": mesh}, overwrite=overwrite) as job:
+        if job.is_done("contribution"):
+            return result
+        layout = mesh.build()
+        layout.check_batch(run.batch_size // run.accumulation)
+        own, public = prepare(text, job.prepared / "own"), prepare(public_text, job.prepared / "public")
+        own_rows, public_rows = (Packing(open_split(part, "train"), run.sequence_length) for part in (own, public))
+        shares = {
+            OWN: 1 - expert.public_share - expert.decoy_share,
+            FOREIGN: expert.public_share,
+            DECOY: expert.decoy_share,
+        }
+        sources: dict[int, RowSource] = {
+            OWN: own_rows,
+            FOREIGN: public_rows,
+            DECOY: Decoys(public_rows, own_rows, run.seed),
+        }
+        terminal.banner(
+            f"train-expert {expert.name}",
+            {
+                "anchor": f"{anchor}, {base.model.num_params() / 1e6:,.2f} M parameters, frozen",
+                "trainable": f"{(base.model.num_params(2) - base.model.num_params()) / 1e6:,.2f} M parameters",
+                "text": f"{text}, {len(own_rows):,} rows of {run.sequence_length} tokens",
+                "batch": f"{shares[OWN]:.0%} own, {shares[FOREIGN]:.0%} public, {shares[DECOY]:.0%} decoys",
+                "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
+                "mesh": layout.describe(),
+                "out": out,
+            },
+        )
 
-    layout = mesh.build()
-    layout.check_batch(run.batch_size // run.accumulation)
-    own, public = prepare(text, out / "prepared" / "own"), prepare(public_text, out / "prepared" / "public")
-    own_rows, public_rows = (Packing(open_split(part, "train"), run.sequence_length) for part in (own, public))
-    shares = {
-        OWN: 1 - expert.public_share - expert.decoy_share,
-        FOREIGN: expert.public_share,
-        DECOY: expert.decoy_share,
-    }
-    sources: dict[int, RowSource] = {
-        OWN: own_rows,
-        FOREIGN: public_rows,
-        DECOY: Decoys(public_rows, own_rows, run.seed),
-    }
-    terminal.banner(
-        f"train-expert {expert.name}",
-        {
-            "anchor": f"{anchor}, {base.model.num_params() / 1e6:,.2f} M parameters, frozen",
-            "trainable": f"{(base.model.num_params(2) - base.model.num_params()) / 1e6:,.2f} M parameters",
-            "text": f"{text}, {len(own_rows):,} rows of {run.sequence_length} tokens",
-            "batch": f"{shares[OWN]:.0%} own, {shares[FOREIGN]:.0%} public, {shares[DECOY]:.0%} decoys",
-            "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
-            "mesh": layout.describe(),
-            "out": out,
-        },
-    )
-
-    _, loaded = checkpoint.load(anchor, "anchor")
-    frozen = layout.place(in_compute_dtype(loaded, DTYPES[run.compute_dtype]))
-    build = builder(base.model, (PUBLIC, expert.name), **run.model_options)
-    build_anchor = builder(base.model, (PUBLIC,), **run.model_options)
-    start = router_start.begin(base.model, build_anchor, frozen, own_rows, public_rows, run.seed)
-    trainable = layout.place(_new_expert(loaded, expert.name, start))
-    task = ExpertTraining(expert.name, objective, restraint)
-    transformation = optimizer.build(run.steps)
-    state = train(
-        make_step(build, task.weigh, task.loss, transformation, accumulation=run.accumulation),
-        TrainState(trainable, jax.jit(transformation.init)(trainable)),
-        frozen,
-        batches(sources, shares, run.batch_size, run.seed),
-        run,
-        out=out,
-        layout=layout,
-    )
-    own_held_out, public_held_out = (_held_out(part, run.sequence_length) for part in (own, public))
-    params, found = calibrate_bias(build, frozen, state.params, expert.name, own_held_out, public_held_out, calibration)
-    record = ExpertRecord(name=expert.name, owner=expert.owner, tokens_seen=tokens_seen, licence=expert.licence)
-    contribution.write(out / "contribution", jax.device_get(params), base, record, top_k=TOP_K, gin=gin)
-    return result | {"calibration": found}
+        _, loaded = checkpoint.load(anchor, "anchor")
+        frozen = layout.place(in_compute_dtype(loaded, DTYPES[run.compute_dtype]))
+        build = builder(base.model, (PUBLIC, expert.name), **run.model_options)
+        build_anchor = builder(base.model, (PUBLIC,), **run.model_options)
+        start = router_start.begin(base.model, build_anchor, frozen, own_rows, public_rows, run.seed)
+        trainable = layout.place(_new_expert(loaded, expert.name, start))
+        task = ExpertTraining(expert.name, objective, restraint)
+        transformation = optimizer.build(run.steps)
+        job.begin()
+        state = train(
+            make_step(build, task.weigh, task.loss, transformation, accumulation=run.accumulation),
+            TrainState(trainable, jax.jit(transformation.init)(trainable)),
+            frozen,
+            batches(sources, shares, run.batch_size, run.seed),
+            run,
+            out=out,
+            layout=layout,
+        )
+        own_held_out, public_held_out = (_held_out(part, run.sequence_length) for part in (own, public))
+        params, found = calibrate_bias(
+            build, frozen, state.params, expert.name, own_held_out, public_held_out, calibration
+        )
+        record = ExpertRecord(name=expert.name, owner=expert.owner, tokens_seen=tokens_seen, licence=expert.licence)
+        contribution.write(out / "contribution", jax.device_get(params), base, record, top_k=TOP_K, gin=gin)
+        return result | {"calibration": found}
 
 
 def _held_out(prepared: Path, length: int) -> Packing:

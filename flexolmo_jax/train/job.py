@@ -8,41 +8,72 @@ from typing import Any
 
 from flexolmo_jax.errors import UserError
 
+_SETTINGS = "job.json"
+_PREPARED = "prepared"
+
 
 class Job:
     """One job in one directory, identified by its settings.
 
     A directory that holds another job is refused, because going on from its checkpoints would silently mix the two.
+    Until `begin` nothing of an older job is touched, and what a job that never began has left there vanishes:
+
+        with Job(out, settings, overwrite=False) as job:
+            …  # check and prepare what the job needs
+            job.begin()
+            …  # train
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], *, overwrite: bool):
-        """Opens or creates the directory.
+        """Looks at the directory, and creates it if need be.
 
         Raises:
           UserError: it holds something else and `overwrite` is not given, or it cannot be written to.
         """
         self.out = out
-        self.settings = json.loads(json.dumps(settings, default=_plain))
-        file = out / "job.json"
+        self._settings = json.loads(json.dumps(settings, default=_plain))
+        self._overwrite = overwrite
+        self._created = not out.exists()
+        self._empty = self._created or not any(out.iterdir())
+        self._begun = False
+        if not (overwrite or self._empty):
+            self._refuse_other()
         try:
-            if overwrite:
-                shutil.rmtree(out, ignore_errors=True)
-            if out.exists() and not file.exists() and any(out.iterdir()):
-                raise UserError(f"{out} exists already and is not a job of ours: give another --out, or --overwrite")
             out.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                file.write_text(json.dumps(self.settings, indent=1, sort_keys=True))
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-        self._refuse_other(json.loads(file.read_text()))
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind and not self._begun and self._empty:
+            _clear(self.out)
+            if self._created:
+                self.out.rmdir()
+
+    @property
+    def prepared(self) -> Path:
+        """Where the job's text goes, as tokens."""
+        return self.out / _PREPARED
 
     def is_done(self, result: str) -> bool:
-        """Whether the directory already holds the job's result, which appears there complete or not at all."""
-        return (self.out / result).exists()
+        """Whether the job's result is there; it appears complete or not at all."""
+        return not self._overwrite and (self.out / result).exists()
 
-    def _refuse_other(self, found: dict[str, Any]) -> None:
-        for key in sorted(self.settings.keys() | found.keys()):
-            was, now = found.get(key), self.settings.get(key)
+    def begin(self) -> None:
+        """Removes the job that is to be overwritten, if any, and claims the directory."""
+        if self._overwrite:
+            _clear(self.out, keep=_PREPARED)
+        (self.out / _SETTINGS).write_text(json.dumps(self._settings, indent=1, sort_keys=True))
+        self._begun = True
+
+    def _refuse_other(self) -> None:
+        if not (self.out / _SETTINGS).exists():
+            raise UserError(f"{self.out} exists already and is not a job of ours: give another --out, or --overwrite")
+        found = json.loads((self.out / _SETTINGS).read_text())
+        for key in sorted(self._settings.keys() | found.keys()):
+            was, now = found.get(key), self._settings.get(key)
             if was == now:
                 continue
             if isinstance(was, dict) and isinstance(now, dict):
@@ -52,6 +83,14 @@ class Job:
                 f"{self.out} holds another job ({key} was {was!r} and is now {now!r}): "
                 "give another --out, or --overwrite"
             )
+
+
+def _clear(directory: Path, keep: str = "") -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and entry.name != keep:
+            shutil.rmtree(entry)
+        elif not entry.is_dir():
+            entry.unlink()
 
 
 def _plain(value: Any) -> Any:

@@ -56,53 +56,55 @@ def pretrain(
       Interrupted: asked to stop; the state is saved.
     """
     settings = {"job": "pretrain", "text": text, "model": model, "run": run, "optimizer": optimizer}
-    job = Job(out, settings | {"objective": objective, "mesh": mesh, "scales": scales}, overwrite=overwrite)
+    settings |= {"objective": objective, "mesh": mesh, "scales": scales}
     tokens_seen = run.steps * run.batch_size * run.sequence_length
-    if not job.is_done("anchor"):
-        layout = mesh.build()
-        layout.check_batch(run.batch_size // run.accumulation)
-        rows = Packing(open_split(prepare(text, out / "prepared"), "train"), run.sequence_length)
-        terminal.banner(
-            "pretrain",
-            {
-                "model": f"{model.num_params() / 1e6:,.2f} M parameters",
-                "text": f"{text}, {len(rows):,} rows of {run.sequence_length} tokens",
-                "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
-                "mesh": layout.describe(),
-                "out": out,
-            },
-        )
-        constrain = pin if model.bias_channel else unconstrained
-        params = layout.place(constrain(initialise(model, seed=run.seed, scales=scales)))
-        transformation = optimizer.build(run.steps)
-        task = LanguageModelling(objective)
-        step = make_step(
-            builder(model, (PUBLIC,), **run.model_options),
-            task.weigh,
-            task.loss,
-            transformation,
-            accumulation=run.accumulation,
-            constrain=constrain,
-        )
-        state = train(
-            step,
-            TrainState(params, jax.jit(transformation.init)(params)),
-            {},
-            batches({0: rows}, {0: 1.0}, run.batch_size, run.seed),
-            run,
-            out=out,
-            layout=layout,
-        )
-        described = arrays.digests(jax.device_get(state.params))
-        manifest = Manifest(
-            kind="anchor",
-            model=model,
-            experts=(ExpertRecord(name=PUBLIC, tokens_seen=tokens_seen),),
-            anchor=checkpoint.anchor_fingerprint(described),
-            arrays=described,
-            top_k=1,
-            gin=gin,
-        )
-        checkpoint.write(out / "anchor", jax.device_get(state.params), manifest)
+    with Job(out, settings, overwrite=overwrite) as job:
+        if not job.is_done("anchor"):
+            layout = mesh.build()
+            layout.check_batch(run.batch_size // run.accumulation)
+            rows = Packing(open_split(prepare(text, job.prepared), "train"), run.sequence_length)
+            terminal.banner(
+                "pretrain",
+                {
+                    "model": f"{model.num_params() / 1e6:,.2f} M parameters",
+                    "text": f"{text}, {len(rows):,} rows of {run.sequence_length} tokens",
+                    "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
+                    "mesh": layout.describe(),
+                    "out": out,
+                },
+            )
+            constrain = pin if model.bias_channel else unconstrained
+            params = layout.place(constrain(initialise(model, seed=run.seed, scales=scales)))
+            transformation = optimizer.build(run.steps)
+            task = LanguageModelling(objective)
+            step = make_step(
+                builder(model, (PUBLIC,), **run.model_options),
+                task.weigh,
+                task.loss,
+                transformation,
+                accumulation=run.accumulation,
+                constrain=constrain,
+            )
+            job.begin()
+            state = train(
+                step,
+                TrainState(params, jax.jit(transformation.init)(params)),
+                {},
+                batches({0: rows}, {0: 1.0}, run.batch_size, run.seed),
+                run,
+                out=out,
+                layout=layout,
+            )
+            described = arrays.digests(jax.device_get(state.params))
+            manifest = Manifest(
+                kind="anchor",
+                model=model,
+                experts=(ExpertRecord(name=PUBLIC, tokens_seen=tokens_seen),),
+                anchor=checkpoint.anchor_fingerprint(described),
+                arrays=described,
+                top_k=1,
+                gin=gin,
+            )
+            checkpoint.write(out / "anchor", jax.device_get(state.params), manifest)
     manifest = read(out / "anchor", "anchor")
     return {"anchor": out / "anchor", "fingerprint": manifest.anchor, "tokens": tokens_seen}

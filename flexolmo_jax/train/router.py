@@ -69,51 +69,51 @@ def tune_router(
             raise UserError(f"proxies are given for {name!r}, but the owners' experts are {', '.join(base.names[1:])}")
     settings = {"job": "tune-router", "merged": arrays.fingerprint(base.arrays), "public_text": public_text}
     settings |= {"proxies": dict(proxies), "run": run, "optimizer": optimizer, "objective": objective, "mesh": mesh}
-    job = Job(out, settings, overwrite=overwrite)
     tokens_seen = run.steps * run.batch_size * run.sequence_length
     result = {"merged": out / "merged", "tokens": tokens_seen}
-    if job.is_done("merged"):
+    with Job(out, settings, overwrite=overwrite) as job:
+        if job.is_done("merged"):
+            return result
+        layout = mesh.build()
+        layout.check_batch(run.batch_size // run.accumulation)
+        corpora = {PUBLIC: public_text} | dict(proxies)
+        prepared = {name: prepare(corpus, job.prepared / name) for name, corpus in corpora.items()}
+        rows = [Packing(open_split(corpus, "train"), run.sequence_length) for corpus in prepared.values()]
+        terminal.banner(
+            "tune-router",
+            {
+                "model": f"{merged}, experts {', '.join(base.names)}",
+                "text": f"{', '.join(corpora)} in equal parts",
+                "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
+                "mesh": layout.describe(),
+                "out": out,
+            },
+        )
+        _, params = checkpoint.load(merged, "merged")
+        rows_and_biases, rest = split(params, belongs_to_router)
+        trainable = layout.place(rows_and_biases)
+        frozen = layout.place(in_compute_dtype(rest, DTYPES[run.compute_dtype]))
+        task = LanguageModelling(objective)
+        transformation = optimizer.build(run.steps)
+        job.begin()
+        state = train(
+            make_step(
+                builder(base.model, base.names, **run.model_options),
+                task.weigh,
+                task.loss,
+                transformation,
+                accumulation=run.accumulation,
+            ),
+            TrainState(trainable, jax.jit(transformation.init)(trainable)),
+            frozen,
+            batches(dict(enumerate(rows)), dict.fromkeys(range(len(rows)), 1 / len(rows)), run.batch_size, run.seed),
+            run,
+            out=out,
+            layout=layout,
+        )
+        tuned = jax.device_get(state.params)
+        derived = dataclasses.replace(
+            base, arrays=base.arrays | arrays.digests(tuned), router_tuned_on=tuple(proxies), gin=gin
+        )
+        checkpoint.write(out / "merged", join(rest, tuned), derived)
         return result
-
-    layout = mesh.build()
-    layout.check_batch(run.batch_size // run.accumulation)
-    corpora = {PUBLIC: public_text} | dict(proxies)
-    prepared = {name: prepare(corpus, out / "prepared" / name) for name, corpus in corpora.items()}
-    rows = [Packing(open_split(corpus, "train"), run.sequence_length) for corpus in prepared.values()]
-    terminal.banner(
-        "tune-router",
-        {
-            "model": f"{merged}, experts {', '.join(base.names)}",
-            "text": f"{', '.join(corpora)} in equal parts",
-            "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
-            "mesh": layout.describe(),
-            "out": out,
-        },
-    )
-    _, params = checkpoint.load(merged, "merged")
-    rows_and_biases, rest = split(params, belongs_to_router)
-    trainable = layout.place(rows_and_biases)
-    frozen = layout.place(in_compute_dtype(rest, DTYPES[run.compute_dtype]))
-    task = LanguageModelling(objective)
-    transformation = optimizer.build(run.steps)
-    state = train(
-        make_step(
-            builder(base.model, base.names, **run.model_options),
-            task.weigh,
-            task.loss,
-            transformation,
-            accumulation=run.accumulation,
-        ),
-        TrainState(trainable, jax.jit(transformation.init)(trainable)),
-        frozen,
-        batches(dict(enumerate(rows)), dict.fromkeys(range(len(rows)), 1 / len(rows)), run.batch_size, run.seed),
-        run,
-        out=out,
-        layout=layout,
-    )
-    tuned = jax.device_get(state.params)
-    derived = dataclasses.replace(
-        base, arrays=base.arrays | arrays.digests(tuned), router_tuned_on=tuple(proxies), gin=gin
-    )
-    checkpoint.write(out / "merged", join(rest, tuned), derived)
-    return result
