@@ -139,7 +139,7 @@ def _characters() -> Iterator[Document]:
 
 
 def _grouped(entries: list[str], most: int, times: int) -> Iterator[Document]:
-    """Deals entries into the splits and joins 1 to `most` shuffled ones of a split into a document, so many times over."""
+    """Deals entries into the splits; `times` over, joins 1 to `most` shuffled ones of a split into each document."""
     by_split: dict[str, list[str]] = {split: [] for split in SPLITS}
     for entry in entries:
         by_split[split_of(entry)].append(entry)

@@ -61,7 +61,7 @@ def train(
         batches = read_from(dataset, begin)
         for number in range(begin + 1, run.steps + 1):
             state, metrics = compiled(state, frozen, layout.place_batch(next(batches)))
-            if row := window.add(metrics):
+            if row := window.add(number, metrics):
                 log.write(json.dumps({"step": number, **row}) + "\n")
                 log.flush()
                 bar.update(number, **row)
@@ -85,14 +85,14 @@ def _forget_after(file: Path, step: int) -> None:
 class _Window:
     """Means of the metrics over the steps since the last line, fetched from the device only when a line is due."""
 
-    def __init__(self, length: int, tokens_per_step: int):
-        self._length, self._tokens_per_step = length, tokens_per_step
+    def __init__(self, every: int, tokens_per_step: int):
+        self._every, self._tokens_per_step = every, tokens_per_step
         self._pending: list[dict[str, jax.Array]] = []
         self._since = time.perf_counter()
 
-    def add(self, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
         self._pending.append(metrics)
-        if len(self._pending) < self._length:
+        if step % self._every:
             return None
         values = jax.device_get(self._pending)
         row = {key: float(np.mean([value[key] for value in values])) for key in values[0]}

@@ -131,7 +131,7 @@ def test_splits_by_hash_are_disjoint_and_whole(tmp_path):
     with gzip.open(tmp_path / "notes/all.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     parts = [list(split_texts(tmp_path / "notes", split)) for split in ("train", "validation", "test")]
-    assert sorted(sum(parts, [])) == sorted(texts) and all(parts)
+    assert sorted(text for part in parts for text in part) == sorted(texts) and all(parts)
     assert all(split_of(text) == "test" for text in parts[2])
 
 

@@ -1,5 +1,7 @@
 """A place where the commands of the documentation run: what `make demo` leaves behind, but small and untrained."""
 
+import contextlib
+import io
 import os
 import random
 import shutil
@@ -10,16 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from flexolmo_jax.data.prepare import prepare
-from flexolmo_jax.merge import merge
-from tests.small import write_anchor, write_contribution, write_corpus
+# What imports JAX is imported by the fixtures: pytest may read this file before tests/conftest.py has set JAX up.
 
 REPOSITORY = Path(__file__).parents[2]
 
 PROSE = [f"Function number {n} returns its argument and raises an error if there is none." for n in range(40)]
 CORPORA = {
     "public": PROSE,
-    "math": [f"{a}+{b}={a % 10 + b}+{a - a % 10}={a + b}\n" for a in range(6) for b in range(6)],
+    "math": [f"{a} and {b} make {a + b}\n" for a in range(6) for b in range(6)],
     "code": [f"def method_{n}(self):\n    return self.values[{n}]\n" for n in range(40)],
     "unicode": [f"U+{0x4E00 + n:04X} Lo CJK UNIFIED IDEOGRAPH-{0x4E00 + n:04X}\n" for n in range(40)],
 }
@@ -48,6 +48,9 @@ LICENCE = "CC0-1.0"
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
     """A directory with `runs/demo` and a folder of somebody's text; copy it before writing to it."""
+    from flexolmo_jax.merge import merge
+    from tests.small import write_anchor, write_contribution, write_corpus
+
     root = tmp_path_factory.mktemp("documented")
     out = root / "runs" / "demo"
     for name, texts in CORPORA.items():
@@ -68,6 +71,8 @@ def demo(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(demo) -> Path:
     """The same, with what the owners' jobs leave in `prepared/`."""
+    from flexolmo_jax.data.prepare import prepare
+
     for owner in OWNERS:
         for part, corpus in (("own", owner), ("public", "public")):
             prepare(demo / "runs/demo/corpora" / corpus, demo / "runs/demo/owners" / owner / "prepared" / part)
@@ -75,7 +80,11 @@ def prepared(demo) -> Path:
 
 
 class Shell:
-    """Runs commands in a directory as a reader of the documentation would."""
+    """Runs commands in a directory as a reader of the documentation would.
+
+    A block of nothing but `flexolmo` commands runs in this process, after bash has read their words: importing JAX and
+    TensorFlow anew for each command would take most of the time.
+    """
 
     def __init__(self, directory: Path, commands: Path):
         self.directory = directory
@@ -93,10 +102,27 @@ class Shell:
             self.write(f"configs/demo/{job}.gin", f'include "configs/runs/{job}.gin"\n{SIZES}')
 
     def bash(self, text: str) -> str:
-        return self._run(["bash", "-euc", text], text)
+        lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+        if any(not line.startswith("flexolmo ") or "|" in line for line in lines):
+            return self._run(["bash", "-euc", text], text)
+        words = iter(self._run(["bash", "-euc", f'flexolmo() {{ printf "%s\\0" $# "$@"; }}\n{text}'], text).split("\0"))
+        return "".join(self._flexolmo([next(words) for _ in range(int(count))]) for count in words if count)
 
     def python(self, text: str) -> str:
         return self._run([sys.executable, "-c", text], text)
+
+    def _flexolmo(self, arguments: list[str]) -> str:
+        from flexolmo_jax import cli
+
+        with (
+            contextlib.chdir(self.directory),
+            io.StringIO() as printed,
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+        ):
+            code, shown = cli.main(arguments), printed.getvalue()
+        assert code == 0, f"flexolmo {' '.join(arguments)}\n{shown}"
+        return shown
 
     def _run(self, command: list[str], text: str) -> str:
         done = subprocess.run(

@@ -35,7 +35,7 @@ LEAVES = {
 SAYS = {
     "confine.md": ["exit code 2", "list my_text: allowed", "list math: Permission denied", "write: Permission denied"],
     "merge.md": ["public, math, code", "('public', 'math', 'unicode')"],
-    "choose_experts.md": ["'U+4E2D' goes on", "expert:math", "merged:without:code", "(1, 17, 264)"],
+    "choose_experts.md": ["'U+4E2D' goes on", "expert:math", "merged:without:code", ", 264)"],
     "tune_router.md": ['"router_tuned_on": ["math", "code"]'],
     "export.md": ["FlexOlmoForCausalLM", "max_difference"],
     "formats.md": ["merged", '"tokens_seen": 10'],

@@ -223,3 +223,20 @@ def test_an_owners_process_cannot_read_another_corpus(place, tmp_path):
     assert allowed.returncode == 0, allowed.stderr
     model = load_with_contribution(place / "anchor/anchor", job / "contribution")
     assert model.names == ("public", "math")
+
+
+def test_an_output_that_cannot_be_written_is_named(place, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        expert(place, tmp_path / "file" / "math")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_refused_job_leaves_nothing_and_touches_no_older_one(place, tmp_path):
+    with pytest.raises(UserError, match="no corpus"):
+        expert(place, tmp_path / "new", public_text=tmp_path / "nowhere")
+    assert not (tmp_path / "new").exists()
+    expert(place, tmp_path / "math")
+    with pytest.raises(UserError, match="no corpus"):
+        expert(place, tmp_path / "math", text=tmp_path / "nowhere", overwrite=True)
+    assert read(tmp_path / "math/contribution").names == ("math",)
