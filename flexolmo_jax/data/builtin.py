@@ -2,11 +2,11 @@
 
   public   English technical prose: pydoc topics and the standard library's docstrings
   code     the standard library's source without docstrings and comments
-  math     generated worked arithmetic
+  math     generated arithmetic, sums worked out and remainders
   unicode  facts of `unicodedata`: code point, category, name
 
-They are deterministic for a given Python version, deduplicated, and no document (in `math` no sum, in `unicode` no code
-point) of one split appears in another.
+They are deterministic for a given Python version, deduplicated, and no document (in `math` no sum and no remainder, in
+`unicode` no code point) of one split appears in another.
 """
 
 import ast
@@ -122,33 +122,40 @@ def _code(modules: list[ast.Module]) -> Iterator[Document]:
 
 
 def worked_sum(a: int, b: int) -> str:
-    """The sum of `a` and a digit `b`, the units first: `47+6=13+40=53`."""
-    units, tens = a % 10 + b, a - a % 10
-    return f"{a}+{b}={units}+{tens}={a + b}\n"
+    """A question and its worked answer: `Q: 47 + 36 = ?` and `A: 7 + 6 = 13, 4 + 3 + 1 = 8, so 83`."""
+    (tens, units), (other_tens, other_units) = divmod(a, 10), divmod(b, 10)
+    total = units + other_units
+    carry = total // 10
+    steps = f"{units} + {other_units} = {total}, {tens} + {other_tens} + {carry} = {tens + other_tens + carry}"
+    return f"Q: {a} + {b} = ?\nA: {steps}, so {a + b}\n"
+
+
+def remainder(number: int) -> str:
+    """A remainder by five: `remainder by 5 of 4711: 1`."""
+    return f"remainder by 5 of {number}: {number % 5}\n"
 
 
 def _arithmetic() -> Iterator[Document]:
-    sums = [worked_sum(a, b) for a in range(200) for b in range(10)]
-    yield from _grouped(sums, most=8, times=24)
+    yield from _grouped([worked_sum(a, b) for a in range(100) for b in range(100)], most=5)
+    yield from _grouped([remainder(number) for number in range(1, 20_000)], most=8)
 
 
 def _characters() -> Iterator[Document]:
     names = ((code, unicodedata.name(chr(code), "")) for code in range(0x20, 0x30000))
     facts = [f"U+{code:04X} {unicodedata.category(chr(code))} {name}\n" for code, name in names if name]
-    yield from _grouped(facts, most=6, times=1)
+    yield from _grouped(facts, most=6)
 
 
-def _grouped(entries: list[str], most: int, times: int) -> Iterator[Document]:
-    """Deals entries into the splits; `times` over, joins 1 to `most` shuffled ones of a split into each document."""
+def _grouped(entries: list[str], most: int) -> Iterator[Document]:
+    """Deals entries into the splits, and joins 1 to `most` shuffled ones of a split into a document."""
     by_split: dict[str, list[str]] = {split: [] for split in SPLITS}
     for entry in entries:
         by_split[split_of(entry)].append(entry)
     for split, mine in by_split.items():
         rng = random.Random(split)
-        for _ in range(times):
-            rng.shuffle(mine)
-            start = 0
-            while start < len(mine):
-                count = rng.randint(1, most)
-                yield split, "".join(mine[start : start + count])
-                start += count
+        rng.shuffle(mine)
+        start = 0
+        while start < len(mine):
+            count = rng.randint(1, most)
+            yield split, "".join(mine[start : start + count])
+            start += count

@@ -1,4 +1,4 @@
-"""Exact match by greedy decoding: worked sums, and look-ups of characters.
+"""Exact match by greedy decoding: remainders, and look-ups of characters.
 
 Questions are made from the lines of a corpus's held-out texts: a line's beginning is the prompt, its rest the answer.
 """
@@ -43,11 +43,6 @@ class Kind(NamedTuple):
     tasks: Mapping[str, Callable[[str, str], bool]]
 
 
-def same_result(text: str, answer: str) -> bool:
-    """Whether what follows the line's last "=" is that of the answer; a line that never ends is wrong."""
-    return "\n" in text and _result(_line(text)) == _result(answer)
-
-
 def same_category(text: str, answer: str) -> bool:
     """Whether the line begins with the category of the answer: a space and two letters."""
     return _line(text)[:3] == answer[:3]
@@ -58,8 +53,8 @@ def same_line(text: str, answer: str) -> bool:
     return "\n" in text and _line(text) == answer
 
 
-MATH = Kind(re.compile(r"(\d+\+\d+=)(\d+\+\d+=\d+)\n"), {"math": same_result})
-"""`47+6=`, answered by `13+40=53`."""
+MATH = Kind(re.compile(r"(remainder by \d of \d+:)( \d)\n"), {"math": same_line})
+"""`remainder by 5 of 4711:`, answered by ` 1`."""
 
 UNICODE = Kind(
     re.compile(r"(U\+[0-9A-F]{4,6})( [A-Z][a-z] .+)\n"), {"unicode": same_category, "unicode_name": same_line}
@@ -144,12 +139,6 @@ def answers(
 
 def _line(text: str) -> str:
     return text.partition("\n")[0]
-
-
-def _result(line: str) -> str | None:
-    """The number after the last "=" of a worked line; None where there is none."""
-    found = re.fullmatch(r".*=(\d+)", line)
-    return found[1] if found else None
 
 
 def _round_up(value: int, multiple: int) -> int:

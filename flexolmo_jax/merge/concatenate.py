@@ -12,7 +12,12 @@ from flexolmo_jax.store.manifest import Manifest
 
 
 def merge(
-    anchor: Path, contributions: Sequence[Path], out: Path, *, top_k: int | None = None, overwrite: bool = False
+    anchor: str | Path,
+    contributions: Sequence[str | Path],
+    out: str | Path,
+    *,
+    top_k: int | None = None,
+    overwrite: bool = False,
 ) -> Manifest:
     """Concatenates an anchor and contributions into `out` and returns its manifest.
 
@@ -26,13 +31,14 @@ def merge(
     Raises:
       UserError: an input is not what it should be, two contributions name the same expert, or `out` cannot be written.
     """
+    anchor, out = Path(anchor), Path(out)
     refuse_existing(out, overwrite=overwrite)
     base, params = checkpoint.load(anchor, "anchor")
     experts = list(base.experts)
     described = arrays.digests(params)
     if checkpoint.anchor_fingerprint(described) != base.anchor:
         raise UserError(f"{anchor} does not match the digests in its manifest: it was damaged or changed")
-    for directory in contributions:
+    for directory in map(Path, contributions):
         manifest, part = contribution.load(directory, base)
         (record,) = manifest.experts
         if record.name in [expert.name for expert in experts]:

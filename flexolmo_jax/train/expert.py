@@ -104,6 +104,7 @@ def train_expert(
     """
     base = manifest.read(anchor, "anchor")
     settings = {"job": "train-expert", "anchor": base.anchor, "text": text, "expert": expert, "run": run}
+    settings |= {"public_text": public_text}
     settings |= {"optimizer": optimizer, "objective": objective, "restraint": restraint, "router_start": router_start}
     tokens_seen = run.steps * run.batch_size * run.sequence_length
     result = {"contribution": out / "contribution", "tokens": tokens_seen}

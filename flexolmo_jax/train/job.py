@@ -36,8 +36,10 @@ class Job:
         self._created = not out.exists()
         self._empty = self._created or not any(out.iterdir())
         self._begun = False
-        if not (overwrite or self._empty):
-            self._refuse_other()
+        if not self._empty:
+            self._refuse_what_is_no_job()
+            if not overwrite and (out / _SETTINGS).exists():
+                self._refuse_other()
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,9 +70,12 @@ class Job:
         (self.out / _SETTINGS).write_text(json.dumps(self._settings, indent=1, sort_keys=True))
         self._begun = True
 
+    def _refuse_what_is_no_job(self) -> None:
+        others = [entry for entry in self.out.iterdir() if not entry.name.startswith(_PREPARED)]
+        if others and not (self.out / _SETTINGS).exists():
+            raise UserError(f"{self.out} exists already and is not a job of ours: give another --out")
+
     def _refuse_other(self) -> None:
-        if not (self.out / _SETTINGS).exists():
-            raise UserError(f"{self.out} exists already and is not a job of ours: give another --out, or --overwrite")
         found = json.loads((self.out / _SETTINGS).read_text())
         for key in sorted(self._settings.keys() | found.keys()):
             was, now = found.get(key), self._settings.get(key)

@@ -103,7 +103,10 @@ class _Window:
 
 
 class _StopFlag:
-    """While active, SIGINT and SIGTERM raise a flag instead of ending the process; a second one ends it."""
+    """While active, SIGINT and SIGTERM raise a flag instead of ending the process; a second SIGINT ends it.
+
+    A second SIGTERM does not, because a scheduler's reaches a confined job twice: by itself, and handed on.
+    """
 
     def __enter__(self) -> "_StopFlag":
         self.raised = False
@@ -118,4 +121,5 @@ class _StopFlag:
 
     def _raise(self, number, _frame) -> None:
         self.raised = True
-        signal.signal(number, self._previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[number])

@@ -42,7 +42,7 @@ class RouterStart:
       largest_gap: for "discriminant", the most that the logits of mean owner's and mean public text may differ by.
       ridge: for "discriminant", the share of the mean variance that is added to every variance.
       embedding: for "embedding", a `.npy` file of a float vector [D], such as a mean document embedding.
-      public_embedding: the same of public text, which is then subtracted; empty for none.
+      public_embedding: the same of public text, which is then subtracted; None for none.
       random_std: for "random", the standard deviation of the noise.
     """
 
@@ -50,8 +50,8 @@ class RouterStart:
     bias: float = -0.5
     largest_gap: float = 24.0
     ridge: float = 0.01
-    embedding: str = ""
-    public_embedding: str = ""
+    embedding: Path | None = None
+    public_embedding: Path | None = None
     random_std: float = 0.02
 
     def __post_init__(self):
@@ -59,7 +59,7 @@ class RouterStart:
             raise UserError(f"RouterStart.method is {self.method!r}, but must be one of {', '.join(METHODS)}")
         if self.bias > 0:
             raise UserError(f"RouterStart.bias must not be positive, but it is {self.bias}")
-        if (self.method == "embedding") != bool(self.embedding):
+        if (self.method == "embedding") != (self.embedding is not None):
             raise UserError("RouterStart.embedding names a file exactly if RouterStart.method is 'embedding'")
 
     def begin(self, config: ModelConfig, build: Build, anchor: dict, own: Packing, public: Packing, seed: int) -> Start:
@@ -80,10 +80,10 @@ class RouterStart:
         bias = jnp.full(config.layers, self.bias)
         if self.method == "random":
             return Start(self.random_std * jax.random.normal(jax.random.key(seed), shape), bias)
-        if self.method == "embedding":
-            vector = _read_vector(Path(self.embedding), config.width)
+        if self.embedding is not None:
+            vector = _read_vector(self.embedding, config.width)
             if self.public_embedding:
-                vector = vector - _read_vector(Path(self.public_embedding), config.width)
+                vector = vector - _read_vector(self.public_embedding, config.width)
             return Start(jnp.broadcast_to(jnp.asarray(vector), shape), bias)
         mine = router_input_moments(build, anchor, own)
         if self.method == "mean":

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from small_models import write_corpus
 
-from flexolmo_jax.data.builtin import worked_sum
+from flexolmo_jax.data.builtin import remainder
 from flexolmo_jax.data.documents import split_texts
 from flexolmo_jax.data.splits import split_of
 from flexolmo_jax.data.vocabulary import EOS_ID, decode, encode
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate.exact_match import BATCH_SIZE, MATH, UNICODE, Question, answers, questions, score
 
-SUMS = worked_sum(47, 6) + worked_sum(50, 8) + worked_sum(9, 7)
+SUMS = remainder(4711) + remainder(50) + remainder(3)
 CHARACTERS = "U+4E2D Lo CJK UNIFIED IDEOGRAPH-4E2D\nU+0041 Lu LATIN CAPITAL LETTER A\n"
 
 
@@ -38,26 +38,24 @@ class Parrot:
 
 
 def test_questions_are_the_lines_of_a_text():
-    assert questions([SUMS], MATH)[0] == Question("47+6=", "13+40=53")
+    assert questions([SUMS], MATH)[0] == Question("remainder by 5 of 4711:", " 1")
     assert questions([CHARACTERS], UNICODE)[0] == Question("U+4E2D", " Lo CJK UNIFIED IDEOGRAPH-4E2D")
     assert len(questions([SUMS, SUMS], MATH)) == 3
     assert questions([CHARACTERS, "see U+0041 Lu there\n", "prose"], MATH) == []
-    many = [worked_sum(a, 1) for a in range(100)]
+    many = [remainder(a) for a in range(100)]
     assert questions(many, MATH, 4) == [questions([many[index]], MATH)[0] for index in (0, 25, 50, 75)]
 
 
 @pytest.mark.parametrize(
     ("continuation", "right"),
     [
-        ("13+40=53\n", 1.0),
-        ("by magic=53\n1+1=2+0=2\n", 1.0),  # only the line's own result counts
-        ("=13=53\n", 1.0),
-        ("13+40=54\n", 0.0),
-        ("=53=13\n", 0.0),
-        ("=530\n", 0.0),
-        ("53\n", 0.0),
-        ("13+40=53", 0.0),  # ends the text, not the line
-        ("13" + "+6" * 200, 0.0),  # never ends
+        (" 1\n", 1.0),
+        (" 1\nremainder by 5 of 7: 3\n", 1.0),  # only the line itself counts
+        (" 2\n", 0.0),
+        (" 11\n", 0.0),
+        ("1\n", 0.0),
+        (" 1", 0.0),  # ends the text, not the line
+        (" 1" * 200, 0.0),  # never ends
         ("", 0.0),
     ],
 )
@@ -81,7 +79,7 @@ def test_a_character_is_judged_by_category_and_by_line(continuation, category, l
 
 
 def test_batches_have_one_shape_and_every_question_counts_once():
-    asked = questions([worked_sum(a, 1) for a in range(7)], MATH)
+    asked = questions([remainder(a) for a in range(7)], MATH)
     parrot = Parrot(*(question.answer + "\n" for question in asked[:5]))
     assert score(parrot, asked, MATH, batch_size=3) == {"math": 5 / 7}
     assert len(parrot.shapes) == 1

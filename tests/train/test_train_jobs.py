@@ -127,7 +127,7 @@ def test_every_start_of_a_router_row_trains(method, place, tmp_path):
     extra = {}
     if method == "embedding":
         np.save(tmp_path / "domain.npy", np.linspace(-1, 1, 16).astype(np.float32))
-        extra = {"embedding": str(tmp_path / "domain.npy")}
+        extra = {"embedding": tmp_path / "domain.npy"}
     expert(place, tmp_path / "math", router_start=RouterStart(method=method, **extra))
     row = leaves(tmp_path / "math/contribution")["router", "math", "row"]
     assert np.all(np.isfinite(row)) and np.any(row)
@@ -179,7 +179,7 @@ def test_bad_input_is_refused_and_leaves_no_result(place, tmp_path):
         ({"text": tmp_path / "latin"}, "is not UTF-8"),
         ({"text": tmp_path / "blank"}, "no document to train on"),
         ({"anchor": place / "public"}, "is not an anchor"),
-        ({"router_start": RouterStart(method="embedding", embedding=str(tmp_path / "short.npy"))}, r"needs \(16,\)"),
+        ({"router_start": RouterStart(method="embedding", embedding=tmp_path / "short.npy")}, r"needs \(16,\)"),
     ]:
         with pytest.raises(UserError, match=says) as refusal:
             expert(place, tmp_path / "out", overwrite=True, **changes)
@@ -190,8 +190,9 @@ def test_bad_input_is_refused_and_leaves_no_result(place, tmp_path):
 def test_a_directory_that_is_not_a_job_is_left_alone(place, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not a job of ours"):
-        expert(place, tmp_path / "thesis")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="not a job of ours"):
+            expert(place, tmp_path / "thesis", overwrite=overwrite)
     assert os.listdir(tmp_path / "thesis") == ["chapter.txt"]
 
 
