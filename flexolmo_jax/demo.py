@@ -26,10 +26,10 @@ LICENCE = "PSF-2.0"
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "demo"
 PROXY_SHARE = 0.02
-PROMPTS = {"code": "def close(self):\n", "math": "remainder by 5 of 4711:", "unicode": "U+4E2D"}
+PROMPTS = {"code": "def close(self):\n", "math": "remainder by 5 of 471:", "unicode": "U+4E2D"}
 NEW_TOKENS = 48
 QUESTIONS = 100
-ROWS_MEASURED = 192
+ROWS_MEASURED = 128
 SEQUENCE_LENGTH = 128
 
 

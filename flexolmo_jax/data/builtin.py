@@ -130,14 +130,14 @@ def worked_sum(a: int, b: int) -> str:
     return f"Q: {a} + {b} = ?\nA: {steps}, so {a + b}\n"
 
 
-def remainder(number: int) -> str:
-    """A remainder by five: `remainder by 5 of 4711: 1`."""
-    return f"remainder by 5 of {number}: {number % 5}\n"
+def remainder(number: int, divisor: int) -> str:
+    """A remainder: `remainder by 5 of 471: 1`."""
+    return f"remainder by {divisor} of {number}: {number % divisor}\n"
 
 
 def _arithmetic() -> Iterator[Document]:
     yield from _grouped([worked_sum(a, b) for a in range(100) for b in range(100)], most=5)
-    yield from _grouped([remainder(number) for number in range(1, 20_000)], most=8)
+    yield from _grouped([remainder(number, divisor) for number in range(3_000) for divisor in (2, 5)], most=8)
 
 
 def _characters() -> Iterator[Document]:

@@ -54,7 +54,7 @@ def same_line(text: str, answer: str) -> bool:
 
 
 MATH = Kind(re.compile(r"(remainder by \d of \d+:)( \d)\n"), {"math": same_line})
-"""`remainder by 5 of 4711:`, answered by ` 1`."""
+"""`remainder by 5 of 471:`, answered by ` 1`."""
 
 UNICODE = Kind(
     re.compile(r"(U\+[0-9A-F]{4,6})( [A-Z][a-z] .+)\n"), {"unicode": same_category, "unicode_name": same_line}

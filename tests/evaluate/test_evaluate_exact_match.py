@@ -12,7 +12,7 @@ from flexolmo_jax.data.vocabulary import EOS_ID, decode, encode
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate.exact_match import BATCH_SIZE, MATH, UNICODE, Question, answers, questions, score
 
-SUMS = remainder(4711) + remainder(50) + remainder(3)
+SUMS = remainder(471, 5) + remainder(50, 5) + remainder(3, 2)
 CHARACTERS = "U+4E2D Lo CJK UNIFIED IDEOGRAPH-4E2D\nU+0041 Lu LATIN CAPITAL LETTER A\n"
 
 
@@ -38,11 +38,11 @@ class Parrot:
 
 
 def test_questions_are_the_lines_of_a_text():
-    assert questions([SUMS], MATH)[0] == Question("remainder by 5 of 4711:", " 1")
+    assert questions([SUMS], MATH)[0] == Question("remainder by 5 of 471:", " 1")
     assert questions([CHARACTERS], UNICODE)[0] == Question("U+4E2D", " Lo CJK UNIFIED IDEOGRAPH-4E2D")
     assert len(questions([SUMS, SUMS], MATH)) == 3
     assert questions([CHARACTERS, "see U+0041 Lu there\n", "prose"], MATH) == []
-    many = [remainder(a) for a in range(100)]
+    many = [remainder(a, 5) for a in range(100)]
     assert questions(many, MATH, 4) == [questions([many[index]], MATH)[0] for index in (0, 25, 50, 75)]
 
 
@@ -79,7 +79,7 @@ def test_a_character_is_judged_by_category_and_by_line(continuation, category, l
 
 
 def test_batches_have_one_shape_and_every_question_counts_once():
-    asked = questions([remainder(a) for a in range(7)], MATH)
+    asked = questions([remainder(a, 5) for a in range(7)], MATH)
     parrot = Parrot(*(question.answer + "\n" for question in asked[:5]))
     assert score(parrot, asked, MATH, batch_size=3) == {"math": 5 / 7}
     assert len(parrot.shapes) == 1

@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
         )
         checkpoint.write(root / kind, leaves, manifest)
     write_corpus(root / "prose", *TEXTS)
-    write_corpus(root / "sums", *(remainder(a) for a in range(5)))
+    write_corpus(root / "sums", *(remainder(a, 2) for a in range(5)))
     return root
 
 
