@@ -127,7 +127,7 @@ def test_gin_files_and_flags_fill_what_options_leave_open(run, tmp_path):
         (("generate",), 2, "generate: the following arguments are required: CHECKPOINT, --prompt"),
         (("generate", "x", "--prompt", "y", "--top_k", "two"), 2, "argument --top_k: invalid int value: 'two'"),
         (("generate", "/nowhere", "--prompt", "y"), 2, "/nowhere is not an anchor or merged: it has no manifest.json"),
-        (("inspect", "/nowhere"), 2, "/nowhere is not a model: it has no manifest.json"),
+        (("inspect", "/nowhere"), 2, "/nowhere is not a model of ours: it has no manifest.json"),
         (("report", "--out", "x", "--fail", "user"), 2, "the file x is empty: give another"),
         (("report", "--out", "x", "--fail", "disk"), 2, "cannot use big.bin: No space left on device"),
         (("report", "--out", "x", "--fail", "interrupt"), 130, "stopped after step 3 and saved"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,11 +16,15 @@ def text_files(path: Path) -> list[Path]:
     """The text files that `path` is or holds, sorted.
 
     Raises:
-      UserError: the path does not exist, or there is no such file in it.
+      UserError: the path does not exist or cannot be read, or there is no such file in it.
     """
     if not path.exists():
         raise UserError(f"no corpus at {path}: name a directory or a file that ends in {', '.join(SUFFIXES)}")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    try:
+        files = [path] if path.is_file() else [path / name for name in os.listdir(path)]
+    except OSError as error:  # looking for files in it would find none and not say why
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    files = sorted(part for file in files for part in (file, *file.rglob("*")) if part.is_file())
     files = [file for file in files if file.name.endswith(SUFFIXES)]
     if not files:
         raise UserError(f"the corpus {path} holds no file that ends in {', '.join(SUFFIXES)}")

@@ -55,11 +55,18 @@ def test_packing_keeps_every_token_of_every_document_in_order(lengths, length):
     assert starts
 
 
-def test_packing_wastes_little():
-    rng = np.random.default_rng(0)
-    packing = Packing(documents(*rng.integers(2, 130, 800)), 128)
-    padding = np.mean([(packing[index].segments == 0).mean() for index in range(len(packing))])
-    assert padding < 0.03
+def test_packing_needs_no_more_rows_than_first_fit_decreasing():
+    lengths = np.random.default_rng(0).integers(2, 130, 800).tolist()
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = next((row for row, room in enumerate(rooms) if room >= length), None)
+        if fitting is None:
+            rooms.append(129 - length)
+        else:
+            rooms[fitting] -= length
+    packing = Packing(documents(*lengths), 128)
+    assert len(packing) <= len(rooms)
+    assert np.mean([(packing[index].segments == 0).mean() for index in range(len(packing))]) < 0.05
 
 
 def test_a_batch_is_a_function_of_seed_and_step_and_holds_exact_shares():
