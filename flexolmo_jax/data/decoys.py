@@ -9,7 +9,7 @@ half comes from random Markov chains over random subsets of the ids that public 
 
 import numpy as np
 
-from flexolmo_jax.data.packing import Packing, Rows
+from flexolmo_jax.data.packing import Packing, Rows, spread
 
 _MOST_SYMBOLS = 64
 _CONCENTRATIONS = (0.03, 0.1, 0.3, 1.0)
@@ -53,5 +53,4 @@ class Decoys:
 
 def _ids_in_use(packing: Packing) -> np.ndarray:
     """Ids that occur in a few evenly spaced rows."""
-    sample = np.unique(np.linspace(0, len(packing) - 1, min(256, len(packing))).astype(int))
-    return np.unique(np.concatenate([packing[i].inputs for i in sample]))
+    return np.unique(np.concatenate([packing[index].inputs for index in spread(len(packing), 256)]))

@@ -1,7 +1,6 @@
 """Packing of documents into rows of equal length, decided from the documents' lengths alone."""
 
 import itertools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,17 +61,20 @@ class Packing:
         return Rows(tokens[:-1], tokens[1:], positions[:-1], segments[:-1], same.astype(np.float32))
 
 
-def stack(rows: Iterable[Rows]) -> Rows:
-    """Rows one above the other: each field gains a leading axis."""
-    return Rows(*(np.stack(field) for field in zip(*rows, strict=True)))
+def stack(rows: list[Rows], count: int) -> Rows:
+    """Exactly `count` rows one above the other; where there are fewer, rows of padding of weight zero fill up."""
+    padding = Rows(*map(np.zeros_like, rows[0]))
+    return Rows(*(np.stack(field) for field in zip(*rows, *[padding] * (count - len(rows)), strict=True)))
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` evenly spaced indices below `count`, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist()
 
 
 def sample_rows(packing: Packing, count: int) -> Rows:
-    """Exactly `count` evenly spaced rows; where there are fewer, rows of padding fill up, whose weights are zero."""
-    chosen = np.unique(np.linspace(0, len(packing) - 1, min(count, len(packing))).astype(int))
-    rows = [packing[int(index)] for index in chosen]
-    empty = Rows(*(np.zeros_like(field) for field in rows[0]))
-    return stack([*rows, *[empty] * (count - len(rows))])
+    """Exactly `count` evenly spaced rows, filled up with padding where there are fewer."""
+    return stack([packing[index] for index in spread(len(packing), count)], count)
 
 
 def _pieces(offsets: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Int
 
-from flexolmo_jax.data.packing import Packing, Rows
+from flexolmo_jax.data.packing import Packing, Rows, stack
 from flexolmo_jax.errors import UserError
 
 
@@ -40,5 +40,4 @@ def full_batches(packing: Packing, batch_size: int, max_rows: int | None = None)
     chosen = evenly_spaced(len(packing), max_rows)
     for start in range(0, len(chosen), batch_size):
         rows = [packing[int(index)] for index in chosen[start : start + batch_size]]
-        rows += [Rows(*map(np.zeros_like, rows[0]))] * (batch_size - len(rows))
-        yield Rows(*map(np.stack, zip(*rows, strict=True)))
+        yield stack(rows, batch_size)
