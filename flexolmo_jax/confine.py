@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexolmo_jax import cli
+from flexolmo_jax import cli, memory
 from flexolmo_jax.errors import UserError
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
@@ -133,4 +133,5 @@ def _run_confined(readable: Sequence[Path], writable: Sequence[Path], stage: Seq
 
 
 if __name__ == "__main__":
+    memory.keep_what_is_freed()
     sys.exit(main())

@@ -30,6 +30,7 @@ PROMPTS = {"code": "def close(self):\n", "math": "remainder by 5 of 471:", "unic
 NEW_TOKENS = 48
 QUESTIONS = 100
 ROWS_MEASURED = 128
+ROWS_TO_CHOOSE_TOP_K = 64
 SEQUENCE_LENGTH = 128
 
 
@@ -120,7 +121,7 @@ class Road:
         contributions = [self.contribution(owner) for owner in OWNERS]
         candidate = self.out / "merged_candidate"
         merge(self.anchor, contributions, candidate, overwrite=True)
-        table = score_top_k(load(candidate), self._rows("validation"), max_rows=ROWS_MEASURED)
+        table = score_top_k(load(candidate), self._rows("validation"), max_rows=ROWS_TO_CHOOSE_TOP_K)
         merge(self.anchor, contributions, self.merged, top_k=best_top_k(table))
         shutil.rmtree(candidate)
 

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "flexolmo_jax"
 MAY_IMPORT = {
     # the ground floor
     "errors": set(),
+    "memory": set(),
     "terminal": set(),
     "moe": set(),
     "model": {"moe"},
@@ -31,9 +32,9 @@ MAY_IMPORT = {
     "stages": set(),
     "commands": {"merge", "infer", "hf", "evaluate", "store", "data", "terminal"},
     "demo": {"confine", "configuration", "train", "merge", "infer", "hf", "evaluate", "store", "data", "terminal"},
-    "confine": {"cli"},
+    "confine": {"cli", "memory"},
     "cli": {"stages", "configuration", "terminal"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "memory"},
     "lint_gin": {"stages", "configuration"},
 }
 """Which rooms each room may import, besides itself and `errors`, which every room may."""

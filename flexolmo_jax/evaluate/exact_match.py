@@ -20,7 +20,7 @@ QUESTIONS = 200
 
 BATCH_SIZE = 50
 
-_PROMPT_MULTIPLE, _ANSWER_MULTIPLE = 32, 48
+_PROMPT_MULTIPLE, _ANSWER_MULTIPLE = 16, 16
 """Shapes are rounded up to these, so that different selections of questions share one compiled function."""
 
 

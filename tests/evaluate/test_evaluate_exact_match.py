@@ -91,7 +91,7 @@ def test_a_real_model_is_asked_with_the_experts_that_are_permitted(model):
     ids = np.zeros((BATCH_SIZE, 32), np.int32)
     ids[2, : len(asked[1].prompt)] = encode(asked[1].prompt)
     lengths = jnp.full(BATCH_SIZE, len(asked[1].prompt))
-    direct = model.generate(jnp.asarray(ids), lengths, max_new_tokens=48, experts=["public", "math"])
+    direct = model.generate(jnp.asarray(ids), lengths, max_new_tokens=16, experts=["public", "math"])
     assert found[1] == decode(direct[2].tolist())
     assert len(found) == 3
     assert answers(model, asked, experts=["public"]) != found
