@@ -1,5 +1,5 @@
 """Offline merging of an anchor and contributions."""
 
-from flexolmo_jax.merge.concatenate import merge
+from flexolmo_jax.merge.concatenate import merge, revise
 
-__all__ = ["merge"]
+__all__ = ["merge", "revise"]
