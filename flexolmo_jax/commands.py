@@ -28,9 +28,9 @@ def merge(
     from flexolmo_jax.merge import merge as merge_into
     from flexolmo_jax.merge import revise
 
-    if (anchor is None) == (model is None):
-        raise UserError("merge needs either --anchor, with contributions, or --model, with what to change in it")
-    options = {
+    if anchor is not None and model is not None:
+        raise UserError("merge takes either --anchor, with contributions, or --model, with what to change in it")
+    options: dict[str, Any] = {
         "top_k": top_k,
         "signed_by": signed_by,
         "memory_budget": memory_budget,
@@ -42,10 +42,12 @@ def merge(
         if add or remove or replace:
             raise UserError("--add, --remove and --replace change a merged --model; to an --anchor go --contribution")
         manifest = merge_into(anchor, contributions, out, **options)
-    else:
+    elif model is not None:
         if contributions:
             raise UserError("--contribution goes with an --anchor; --add it to a merged --model")
         manifest = revise(model, out, add=add, remove=remove, replace=replace, **options)
+    else:
+        raise UserError("merge needs either --anchor, with contributions, or --model, with what to change in it")
     return {"merged": out, "experts": manifest.names, "top_k": manifest.top_k, "anchor": manifest.anchor}
 
 

@@ -73,11 +73,9 @@ _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 def number_of_bytes(text: str) -> int:
     """The bytes in a text such as `512MiB` or `1048576`."""
-    number, unit = next(
-        ((text.removesuffix(unit), size) for unit, size in _UNITS.items() if text.endswith(unit)), (text, 1)
-    )
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
     try:
-        return int(float(number) * unit)
+        return int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
     except (ValueError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 512MiB") from error
 
@@ -142,7 +140,7 @@ STAGES: dict[str, Stage] = {
             Flag("--top_k", "experts per token that the model shall use (default: all)", "top_k", {"type": int}),
             Flag(
                 "--signed-by",
-                "name of an expert and the public key that must have signed it, such as math=math.pub; repeat it for more",
+                "name of an expert and the public key that must have signed it, such as math=math.pub; repeat it",
                 "signed_by",
                 {"action": Pairs},
             ),

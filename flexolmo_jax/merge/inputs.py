@@ -118,9 +118,9 @@ def _expanded(opened: Contribution, base: Inputs, matrix: str) -> Computed:
         left.verify()
         right.verify()
         for layer in range(layout.shape[0]):
-            one = (leaf.read_layer(layer) for leaf in (public, left, right))
+            one, *factors = (leaf.read_layer(layer) for leaf in (public, left, right))
             # Three float64 copies of a slab: the left factor's rows, the product, the public rows.
-            yield from in_slabs(*one, (memory - fixed) // 4)
+            yield from in_slabs(one, factors[0], factors[1], (memory - fixed) // 4)
 
     return Computed(
         layout=layout,

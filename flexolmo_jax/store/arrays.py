@@ -132,7 +132,7 @@ def open_leaves(directory: Path) -> dict[LeafPath, tensorstore.TensorStore]:
 def digests(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Shape, dtype and SHA-256 (of the little-endian bytes in C order) of every leaf, by its path joined with '/'."""
     return {
-        "/".join(path): describe(tuple(leaf.shape), leaf.dtype.name, hashlib.sha256(_bytes(np.asarray(leaf))))
+        "/".join(path): describe(tuple(leaf.shape), leaf.dtype.name, hashlib.sha256(_bytes(np.asarray(leaf)).data))
         for path, leaf in flatten(params).items()
     }
 

@@ -1,9 +1,9 @@
 """Builds an artefact leaf by leaf out of others: within a memory budget, by several writers, resumable, atomic.
 
 The work goes on in `.NAME.merging-KEY/` beside the output, KEY being a digest of what is to be built. Every leaf has a
-lock there, which the kernel gives back when its writer ends, however it ends, and a receipt once it is whole. So threads,
-processes and machines that share the file system can work on one output, and a command that was killed goes on where
-it was. The last one finishes: it writes the manifest and gives the directory its name.
+lock there, which the kernel gives back when its writer ends, however it ends, and a receipt once it is whole. So
+threads, processes and machines that share the file system can work on one output, and a command that was killed goes
+on where it was. The last one finishes: it writes the manifest and gives the directory its name.
 """
 
 import contextlib

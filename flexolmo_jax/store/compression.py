@@ -51,7 +51,7 @@ def compress(
       anchor: the anchor that it was made for.
       out: directory to write.
       rank: of every difference; give either this or `energy`.
-      energy: share between 0 and 1 of every difference's squared Frobenius norm that the smallest sufficient rank keeps.
+      energy: share of every difference's squared Frobenius norm, above 0 and at most 1, that the smallest rank keeps.
       overwrite: whether an existing `out` is replaced.
 
     Raises:

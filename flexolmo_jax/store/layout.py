@@ -136,7 +136,7 @@ class LeafLayout:
           blocks: the leaf's bytes in order (uint8), cut anywhere.
         """
         digest = hashlib.sha256()
-        pieces = (memoryview(block) for block in blocks)
+        pieces = (block.data for block in blocks)
         piece = memoryview(b"")
         directory = state / self.directory
         directory.mkdir()
@@ -184,7 +184,7 @@ class LeafLayout:
                 left = self.chunk_bytes
                 while left:
                     block = buffer[:left]
-                    _fill(file, memoryview(block))
+                    _fill(file, block.data)
                     left -= len(block)
                     yield block
 
@@ -195,7 +195,7 @@ class LeafLayout:
         per_layer = math.prod(self.shape[1:]) * self.itemsize // self.chunk_bytes
         for number, name in enumerate(itertools.islice(self.files(), layer * per_layer, (layer + 1) * per_layer)):
             with open(state / self.directory / name, "rb", buffering=0, opener=_without_following_links) as file:
-                _fill(file, memoryview(flat[number * self.chunk_bytes : (number + 1) * self.chunk_bytes]))
+                _fill(file, flat[number * self.chunk_bytes : (number + 1) * self.chunk_bytes].data)
         return one
 
     def _check_metadata(self, file: Path, status: os.stat_result) -> None:
@@ -211,8 +211,8 @@ def regular_files(directory: Path, prefix: str = "") -> Iterator[tuple[str, os.s
     """Every file below a directory with its status, by its path within.
 
     Raises:
-      UserError: the directory is missing, nested deeper than any of ours, or holds a symbolic link, a device or anything
-        else that is no plain file.
+      UserError: the directory is missing, nested deeper than any of ours, or holds a symbolic link, a device or
+        anything else that is no plain file.
     """
     if prefix.count("/") > _DEEPEST:
         raise UserError(f"{directory} is nested deeper than an array is")

@@ -6,7 +6,7 @@ A manifest may come from a stranger, so reading one trusts nothing: not its size
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_NUMBER = 2**63
 
-Record = TypeVar("Record")
+Record = TypeVar("Record", ModelConfig, "ExpertRecord", "Manifest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def read(directory: Path, *kinds: str) -> Manifest:
     try:
         manifest = _parse(file)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError, UserError) as error:
-        reason = str(error)[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{file} is not a manifest that this program can read: {reason}") from error
     if manifest.kind not in (kinds or KINDS):
         raise UserError(f"{directory} is {_article(manifest.kind)}, but {_article(wanted)} is needed here")
@@ -173,7 +173,7 @@ def _check_array(path: str, leaf: Any) -> None:
         raise UserError(f"{ascii(path)[:80]} has the digest {str(leaf['sha256'])[:80]!r}")
 
 
-_IS = {
+_IS: dict[Any, Callable[[Any], bool]] = {
     str: lambda value: isinstance(value, str),
     int: lambda value: type(value) is int and abs(value) < _LARGEST_NUMBER,
     float: lambda value: type(value) in (int, float) and abs(value) < _LARGEST_NUMBER,

@@ -18,7 +18,7 @@ from flexolmo_jax.store.layout import CHUNKS, STATE, LeafLayout
 from flexolmo_jax.store.manifest import Manifest
 
 PIECE_BYTES = 4 * 2**20
-"""What is read at once: large enough for the disk, small enough to stay in the processor's cache while it is checked."""
+"""What is read at once: large enough for the disk, small enough for the processor's cache while it is checked."""
 
 _EXPONENT_OF_16_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00}
 
@@ -45,15 +45,18 @@ class StoredLeaf:
         """Raises UserError unless exactly this leaf's files are there, with the sizes that they must have."""
         self.layout.check(self.state)
 
-    def checked_pieces(self) -> Iterator[np.ndarray]:
-        """The leaf's bytes, each piece of finite values, in a buffer that the next piece overwrites.
+    def checked_pieces(self, piece_bytes: int = PIECE_BYTES) -> Iterator[np.ndarray]:
+        """The leaf's bytes, each piece of finite values, in a buffer (uint8) that the next piece overwrites.
+
+        Args:
+          piece_bytes: of a piece at most; a multiple of 8.
 
         Raises:
           UserError: a value is not finite; or, after the last piece, the whole does not match its digest.
         """
         digest = hashlib.sha256()
-        for piece in self.layout.blocks(self.state, np.empty(PIECE_BYTES, np.uint8)):
-            digest.update(piece)
+        for piece in self.layout.blocks(self.state, np.empty(piece_bytes, np.uint8)):
+            digest.update(piece.data)
             refuse_not_finite(piece, self.layout, self.artefact)
             yield piece
         if digest.hexdigest() != self.sha256:
