@@ -15,9 +15,9 @@ MAY_IMPORT = {
     # the ground floor
     "errors": set(),
     "terminal": set(),
-    "moe": set(),
+    "parallel": set(),
+    "moe": {"parallel"},
     "model": {"moe"},
-    "parallel": {"model"},
     "data": set(),
     # the jobs
     "store": {"model"},

@@ -12,7 +12,7 @@ from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import open_split, prepare
 from flexolmo_jax.data.reading import RowSource, batches
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import PUBLIC, builder
+from flexolmo_jax.model import PUBLIC, abstract_params, builder
 from flexolmo_jax.parallel import MeshConfig
 from flexolmo_jax.store import checkpoint, contribution, manifest
 from flexolmo_jax.store.manifest import ExpertRecord
@@ -138,6 +138,7 @@ def train_expert(
             },
         )
 
+        layout.check(abstract_params(base.model, (PUBLIC, expert.name)))
         _, loaded = checkpoint.load(anchor, "anchor")
         frozen = layout.place(in_compute_dtype(loaded, DTYPES[run.compute_dtype]))
         build = builder(base.model, (PUBLIC, expert.name), **run.model_options)
@@ -149,7 +150,7 @@ def train_expert(
         job.begin()
         state = train(
             make_step(build, task.weigh, task.loss, transformation, accumulation=run.accumulation),
-            TrainState(trainable, jax.jit(transformation.init)(trainable)),
+            TrainState(trainable, layout.create(transformation.init, trainable)),
             frozen,
             batches(sources, shares, run.batch_size, run.seed),
             run,

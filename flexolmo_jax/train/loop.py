@@ -51,8 +51,9 @@ def train(
     if begin:
         state = progress.restore(state)
     _forget_after(out / "metrics.jsonl", begin)
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda a: a.sharding, state), None))
     with (
+        jax.set_mesh(layout.mesh),
         _StopFlag() as stop,
         (out / "metrics.jsonl").open("a") as log,
         terminal.Progress(out.name, run.steps, first=begin) as bar,

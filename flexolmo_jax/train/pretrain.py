@@ -8,7 +8,7 @@ from flexolmo_jax import terminal
 from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import open_split, prepare
 from flexolmo_jax.data.reading import batches
-from flexolmo_jax.model import PUBLIC, InitialScales, ModelConfig, builder, initialise
+from flexolmo_jax.model import PUBLIC, InitialScales, ModelConfig, abstract_params, builder, initialise
 from flexolmo_jax.model.bias_channel import pin
 from flexolmo_jax.parallel import MeshConfig
 from flexolmo_jax.store import arrays, checkpoint
@@ -74,7 +74,8 @@ def pretrain(
                 },
             )
             constrain = pin if model.bias_channel else unconstrained
-            params = layout.place(constrain(initialise(model, seed=run.seed, scales=scales)))
+            layout.check(abstract_params(model, (PUBLIC,)))
+            params = layout.create(lambda: constrain(initialise(model, seed=run.seed, scales=scales)))
             transformation = optimizer.build(run.steps)
             task = LanguageModelling(objective)
             step = make_step(
@@ -88,7 +89,7 @@ def pretrain(
             job.begin()
             state = train(
                 step,
-                TrainState(params, jax.jit(transformation.init)(params)),
+                TrainState(params, layout.create(transformation.init, params)),
                 {},
                 batches({0: rows}, {0: 1.0}, run.batch_size, run.seed),
                 run,

@@ -15,7 +15,7 @@ from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import open_split, prepare
 from flexolmo_jax.data.reading import batches
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import PUBLIC, builder
+from flexolmo_jax.model import PUBLIC, abstract_params, builder
 from flexolmo_jax.model.partition import belongs_to_router, join, split
 from flexolmo_jax.parallel import MeshConfig
 from flexolmo_jax.store import arrays, checkpoint, manifest
@@ -89,6 +89,7 @@ def tune_router(
                 "out": out,
             },
         )
+        layout.check(abstract_params(base.model, base.names))
         _, params = checkpoint.load(merged, "merged")
         rows_and_biases, rest = split(params, belongs_to_router)
         trainable = layout.place(rows_and_biases)
@@ -104,7 +105,7 @@ def tune_router(
                 transformation,
                 accumulation=run.accumulation,
             ),
-            TrainState(trainable, jax.jit(transformation.init)(trainable)),
+            TrainState(trainable, layout.create(transformation.init, trainable)),
             frozen,
             batches(dict(enumerate(rows)), dict.fromkeys(range(len(rows)), 1 / len(rows)), run.batch_size, run.seed),
             run,
