@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "terminal": set(),
     "parallel": set(),
     "moe": {"parallel"},
-    "model": {"moe"},
+    "model": {"moe", "parallel"},
     "data": set(),
     # the jobs
     "store": {"model"},

@@ -23,6 +23,7 @@ from flexolmo_jax.model.norm import rms_norm
 from flexolmo_jax.model.rotary import rotary_angles
 from flexolmo_jax.model.router import RouterRow, Routing, choose
 from flexolmo_jax.moe import FeedForward, mix_experts
+from flexolmo_jax.parallel.activations import keep_rows
 
 REMAT_POLICIES = {
     "none": None,
@@ -172,10 +173,10 @@ class Transformer(nnx.Module):
 
         def block(x, layer: Layers):
             queries, own = layer.attention.project(x, angles)
-            x = x + self._norm(layer.attention.attend(queries, own, mask), layer.attention_norm)
+            x = keep_rows(x + self._norm(layer.attention.attend(queries, own, mask), layer.attention_norm))
             routing = self._route(x, layer, permitted, top_k)
             mixed, measured = (mix or self._mix)(x, routing, layer)
-            return x + self._norm(mixed, layer.ffn_norm), (x, routing, measured)
+            return keep_rows(x + self._norm(mixed, layer.ffn_norm)), (x, routing, measured)
 
         if REMAT_POLICIES[self.remat] is not None:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat])
@@ -203,9 +204,9 @@ class Transformer(nnx.Module):
             layer, past = sliced
             queries, own = layer.attention.project(x, angles)
             past = jax.tree.map(lambda old, new: old.at[rows, positions].set(new.astype(old.dtype)), past, own)
-            x = x + self._norm(layer.attention.attend(queries, past, mask), layer.attention_norm)
+            x = keep_rows(x + self._norm(layer.attention.attend(queries, past, mask), layer.attention_norm))
             mixed, _ = self._mix(x, self._route(x, layer, permitted, top_k), layer)
-            return x + self._norm(mixed, layer.ffn_norm), past
+            return keep_rows(x + self._norm(mixed, layer.ffn_norm)), past
 
         x, cache = jax.lax.scan(block, self._embed(tokens), (self._layers(), cache))
         return self._norm(x, self.anchor.final_norm[...]), cache
@@ -226,7 +227,7 @@ class Transformer(nnx.Module):
         )
 
     def _embed(self, tokens):
-        return jnp.take(self.anchor.embed[...].astype(self.compute_dtype), tokens, axis=0)
+        return keep_rows(jnp.take(self.anchor.embed[...].astype(self.compute_dtype), tokens, axis=0))
 
     def _angles(self, positions):
         return rotary_angles(positions, self.config.head_width, self.config.rope_theta)

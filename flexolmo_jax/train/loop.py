@@ -16,7 +16,7 @@ from flexolmo_jax.data.reading import read_from
 from flexolmo_jax.parallel.mesh import Layout
 from flexolmo_jax.store.progress import Progress
 from flexolmo_jax.train.run import RunConfig
-from flexolmo_jax.train.step import TrainState
+from flexolmo_jax.train.step import TrainState, jit_step
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,7 +51,7 @@ def train(
     if begin:
         state = progress.restore(state)
     _forget_after(out / "metrics.jsonl", begin)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda a: a.sharding, state), None))
+    compiled = jit_step(step, state)
     with (
         jax.set_mesh(layout.mesh),
         _StopFlag() as stop,
