@@ -17,13 +17,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model.attention import Attention, KeyValues, document_mask
+from flexolmo_jax.model.attention import Attention, KeyValues
 from flexolmo_jax.model.config import PUBLIC, ModelConfig
 from flexolmo_jax.model.norm import rms_norm
 from flexolmo_jax.model.rotary import rotary_angles
 from flexolmo_jax.model.router import RouterRow, Routing, choose
 from flexolmo_jax.moe import FeedForward, mix_experts
-from flexolmo_jax.parallel.activations import keep_rows
+from flexolmo_jax.parallel.activations import come_together, keep_rows
 
 REMAT_POLICIES = {
     "none": None,
@@ -168,12 +168,13 @@ class Transformer(nnx.Module):
           top_k: experts per token; None means all of them.
           mix: evaluates and mixes the experts, in place of `mix_experts`.
         """
-        mask = document_mask(segments)
         angles = self._angles(positions)
 
         def block(x, layer: Layers):
             queries, own = layer.attention.project(x, angles)
-            x = keep_rows(x + self._norm(layer.attention.attend(queries, own, mask), layer.attention_norm))
+            x = keep_rows(
+                x + self._norm(layer.attention.attend_documents(queries, own, segments), layer.attention_norm)
+            )
             routing = self._route(x, layer, permitted, top_k)
             mixed, measured = (mix or self._mix)(x, routing, layer)
             return keep_rows(x + self._norm(mixed, layer.ffn_norm)), (x, routing, measured)
@@ -217,8 +218,12 @@ class Transformer(nnx.Module):
         return KeyValues(jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype))
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        head = self.anchor.head[...].astype(hidden.dtype)
-        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        return self.unembedding(hidden.dtype)(hidden)
+
+    def unembedding(self, dtype: DTypeLike) -> Callable[[Float[Array, "*B D"]], Float[Array, "*B V"]]:
+        """From hidden states in `dtype` to float32 logits, for loops: devices gather the head here, not in them."""
+        head = come_together(self.anchor.head[...].astype(dtype), None, "tensor")
+        return lambda hidden: jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
     def _layers(self) -> Layers:
         anchor = self.anchor

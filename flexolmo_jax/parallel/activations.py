@@ -1,4 +1,4 @@
-"""Where activations lie: every device keeps its own rows, from the embedding to the head."""
+"""Where activations lie: every device keeps its own rows, from the embedding to the head, and weights come to them."""
 
 import math
 
@@ -20,3 +20,9 @@ def keep_rows(x: Array) -> Array:
     if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def come_together(weight: Array, *axes: str | None) -> Array:
+    """`weight`, gathered but for the mesh axes that cut each of its own: for one that a loop reads again and again."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return weight if mesh.empty else jax.lax.with_sharding_constraint(weight, PartitionSpec(*axes))

@@ -44,7 +44,7 @@ CHIPS = {
             hbm_bandwidth=819e9,
             link_bandwidth=400e9 / 2,
             axes=2,
-            source="docs.cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GB/s, 400 GB/s both ways together",
+            source="docs.cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GB/s, 400 GB/s both ways",
         ),
         Chip(
             name="v5p",
@@ -53,7 +53,7 @@ CHIPS = {
             hbm_bandwidth=2765e9,
             link_bandwidth=1200e9 / 2,
             axes=3,
-            source="docs.cloud.google.com/tpu/docs/tpu7x: 459 TFLOPs, 95 GiB, 2765 GB/s, 1200 GB/s both ways together",
+            source="docs.cloud.google.com/tpu/docs/tpu7x: 459 TFLOPs, 95 GiB, 2765 GB/s, 1200 GB/s both ways",
         ),
         Chip(
             name="v6e",
@@ -62,7 +62,7 @@ CHIPS = {
             hbm_bandwidth=1638e9,
             link_bandwidth=800e9 / 2,
             axes=2,
-            source="docs.cloud.google.com/tpu/docs/tpu7x: 918 TFLOPs, 32 GiB, 1638 GB/s, 800 GB/s both ways together",
+            source="docs.cloud.google.com/tpu/docs/tpu7x: 918 TFLOPs, 32 GiB, 1638 GB/s, 800 GB/s both ways",
         ),
         Chip(
             name="tpu7x",
@@ -72,7 +72,7 @@ CHIPS = {
             link_bandwidth=1200e9 / 2,
             devices=2,
             axes=3,
-            source="docs.cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GB/s, 1200 GB/s both ways together",
+            source="docs.cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GB/s, 1200 GB/s both ways",
         ),
         Chip(
             name="h100",
@@ -81,7 +81,7 @@ CHIPS = {
             hbm_bandwidth=3350e9,
             link_bandwidth=50e9,
             axes=0,
-            source="NVIDIA's data sheet of the H100 SXM: 989 TFLOPS dense, 80 GB, 3.35 TB/s; one 400 Gb/s port per GPU, "
+            source="NVIDIA's data sheet of the H100 SXM: 989 TFLOPS dense, 80 GB, 3.35 TB/s; a port of 400 Gb/s per GPU, "
             "as in a DGX H100, because a job larger than a host is bound by it",
         ),
     )

@@ -1,7 +1,6 @@
 """Compiles a job ahead of time for TPUs that this machine does not have."""
 
 import os
-import re
 import time
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The program that each job runs on the devices, with its arguments as shapes: the job's own functions, never copies."""
+"""The program that each job runs on the devices, with its arguments as shapes: the job's own functions, not copies."""
 
 import dataclasses
 import functools
@@ -72,7 +72,9 @@ class Job:
         if self.kind in fixed_experts and self.experts != fixed_experts[self.kind]:
             raise UserError(f"{self.kind} has {fixed_experts[self.kind]} experts, but {self.experts} are given")
         if self.kind in TRAINING and self.top_k != self.experts:
-            raise UserError(f"{self.kind} sends every token to all {self.experts} experts, so top_k cannot be {self.top_k}")
+            raise UserError(
+                f"{self.kind} sends every token to all {self.experts} experts, so top_k cannot be {self.top_k}"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
