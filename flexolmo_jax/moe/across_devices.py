@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from flexolmo_jax.parallel.layouts import BATCH_AXES
@@ -32,6 +33,17 @@ def mesh_axes() -> dict[str, int]:
     """Sizes of the axes of the mesh in force, none if there is no mesh or it is a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return dict(mesh.shape) if not mesh.empty and mesh.size > 1 else {}
+
+
+def platform() -> str:
+    """The kind of device that the program is traced for: "cpu", "gpu" or "tpu", also when compiled ahead of time."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def zeros_beside(x: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """Zeros that vary over the mesh axes over which `x` does, as what a loop carries must."""
+    return jax.lax.pcast(jnp.zeros(shape, dtype), tuple(_varies_over(x)), to="varying")
 
 
 def with_gathered_weights(local: Local, tokens: tuple[Float[Array, "T _"], ...], experts: Sequence) -> Any:
@@ -61,25 +73,33 @@ def _spread(body: Callable, gathered: tuple[str, ...], tokens: tuple, experts: S
     if missing:
         tokens = jax.tree.map(lambda a: jnp.pad(a, ((0, missing), (0, 0))), tokens)
 
+    def vary(a):
+        return jax.lax.pcast(a, tuple(set(axes) - _varies_over(a)), to="varying")
+
     def gather(weight, width: int):
         for axis, dimension in (("fsdp", width), ("expert", 1 - width)):
             if axis in gathered and axes[axis] > 1:
                 weight = jax.lax.all_gather(weight, axis, axis=dimension, tiled=True)
         return checkpoint_name(weight, _GATHERED)
 
-    # Gathered weights are not kept for the backward pass: it gathers them again.
+    # Everything varies over all axes before it is used, so that a gradient is summed over an axis where it enters, and of
+    # weights after the scatter. Gathered weights are not kept for the backward pass: it gathers them again.
     policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
 
     @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
     def on_a_device(tokens, experts):
         dtype = tokens[0].dtype
         whole = [
-            type(expert)(*(gather(weight.astype(dtype), width) for weight, width in zip(expert, (0, 0, 1), strict=True)))
+            type(expert)(*(gather(vary(w.astype(dtype)), width) for w, width in zip(expert, (0, 0, 1), strict=True)))
             for expert in experts
         ]
-        return jax.tree.map(lambda a: jax.lax.psum(a, "tensor"), body(tokens, whole))
+        return jax.tree.map(lambda a: jax.lax.psum(a, "tensor"), body(jax.tree.map(vary, tokens), whole))
 
     specs = [type(expert)(_IN, _IN, _OUT) for expert in experts]
     spread = jax.shard_map(on_a_device, in_specs=(_TOKENS, specs), out_specs=_TOKENS)
     found = spread(tokens, list(experts))
     return jax.tree.map(lambda a: a[:count], found) if missing else found
+
+
+def _varies_over(a: Array) -> set[str]:
+    return set(jax.typeof(a).manual_axis_type.varying)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flexolmo_jax.moe import IMPLEMENTATIONS, mix_experts
 from tests.moe.parity import EDGES, Case, check
 
-ON_ONE_DEVICE = ["dense"]
+ON_ONE_DEVICE = ["dense", "grouped"]
 MESHES = [
     ("ring", {"data": 2, "expert": 4}),
     ("ring", {"data": 4, "expert": 2}),
