@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "infer": {"model", "store", "parallel", "data"},
     "hf": {"store", "model", "infer", "data"},
     "evaluate": {"infer", "data", "terminal"},
+    "plan": {"model", "parallel", "data", "store", "train", "infer", "terminal"},
     # the doors
     "configuration": set(),
     "stages": set(),
@@ -45,7 +46,7 @@ AT_HOME = {
     "tensorflow": {"data"},
     "torch": {"hf"},
     "transformers": {"hf"},
-    "matplotlib": {"evaluate"},
+    "matplotlib": {"evaluate", "plan"},
     "orbax": {"store"},
 }
 """Libraries that only these rooms may import."""

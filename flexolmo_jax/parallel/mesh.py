@@ -56,24 +56,31 @@ class MeshConfig:
         """
         devices = jax.devices() if devices is None else devices
         slices = len({getattr(device, "slice_index", 0) for device in devices})
-        data, fsdp = self._filled(len(devices), slices)
-        shape = (data, fsdp, self.expert, self.tensor)
-        if math.prod(shape) != len(devices):
-            raise UserError(
-                f"the mesh {', '.join(f'{axis}={size}' for axis, size in zip(AXES, shape, strict=True))} needs "
-                f"{math.prod(shape)} devices, but there are {len(devices)}"
-            )
-        if data % slices:
-            raise UserError(f"MeshConfig.data is {data}, but must be a multiple of the {slices} slices")
+        shape = self.sizes(len(devices), slices)
         if slices > 1:
-            within, across = (data // slices, *shape[1:]), (slices, 1, 1, 1)
+            within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
             arranged = mesh_utils.create_hybrid_device_mesh(within, across, devices)
         else:
             arranged = mesh_utils.create_device_mesh(shape, devices)
         return Layout(self.layout, Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
 
+    def sizes(self, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
+        """Sizes of all axes on so many devices, zeros replaced by what is left over.
+
+        Raises:
+          UserError: the axes do not multiply to the number of devices, or `data` is not a multiple of the slices.
+        """
+        shape = (*self._filled(devices, slices), self.expert, self.tensor)
+        if math.prod(shape) != devices:
+            raise UserError(
+                f"the mesh {', '.join(f'{axis}={size}' for axis, size in zip(AXES, shape, strict=True))} needs "
+                f"{math.prod(shape)} devices, but there are {devices}"
+            )
+        if shape[0] % slices:
+            raise UserError(f"MeshConfig.data is {shape[0]}, but must be a multiple of the {slices} slices")
+        return shape
+
     def _filled(self, devices: int, slices: int) -> tuple[int, int]:
-        """Sizes of `data` and `fsdp`, zeros replaced by what is left over."""
         others = self.expert * self.tensor
         if "fsdp" not in axes_that_cut(self.layout) or self.fsdp:
             fsdp = self.fsdp or 1

@@ -15,7 +15,8 @@ class Chip:
 
     Attributes:
       name: as in a topology.
-      hbm: bytes of memory.
+      usable: bytes of its memory that a program may take: on TPU what the compiler says, which is a little less, or
+        for v5p more, than the round number that is published.
       flops: bfloat16 operations per second, at most.
       hbm_bandwidth: bytes per second between the chip and its memory.
       link_bandwidth: bytes per second that a chip can receive from its neighbours, all links together.
@@ -25,7 +26,7 @@ class Chip:
     """
 
     name: str
-    hbm: int
+    usable: int
     flops: float
     hbm_bandwidth: float
     link_bandwidth: float
@@ -39,7 +40,7 @@ CHIPS = {
     for chip in (
         Chip(
             name="v5e",
-            hbm=16 * GIB,
+            usable=round(15.75 * GIB),
             flops=197e12,
             hbm_bandwidth=819e9,
             link_bandwidth=400e9 / 2,
@@ -48,7 +49,7 @@ CHIPS = {
         ),
         Chip(
             name="v5p",
-            hbm=95 * GIB,
+            usable=round(95.74 * GIB),
             flops=459e12,
             hbm_bandwidth=2765e9,
             link_bandwidth=1200e9 / 2,
@@ -57,7 +58,7 @@ CHIPS = {
         ),
         Chip(
             name="v6e",
-            hbm=32 * GIB,
+            usable=round(31.25 * GIB),
             flops=918e12,
             hbm_bandwidth=1638e9,
             link_bandwidth=800e9 / 2,
@@ -66,7 +67,7 @@ CHIPS = {
         ),
         Chip(
             name="tpu7x",
-            hbm=192 * GIB,
+            usable=round(2 * 94.75 * GIB),
             flops=2307e12,
             hbm_bandwidth=7380e9,
             link_bandwidth=1200e9 / 2,
@@ -76,7 +77,7 @@ CHIPS = {
         ),
         Chip(
             name="h100",
-            hbm=80 * 10**9,
+            usable=80 * 10**9,
             flops=989e12,
             hbm_bandwidth=3350e9,
             link_bandwidth=50e9,

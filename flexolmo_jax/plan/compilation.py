@@ -1,6 +1,8 @@
 """Compiles a job ahead of time for TPUs that this machine does not have."""
 
+import math
 import os
+import re
 import time
 from typing import NamedTuple
 
@@ -8,7 +10,9 @@ import jax
 from jax.experimental import topologies
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.parallel import Layout
 from flexolmo_jax.plan.chips import Topology
+from flexolmo_jax.plan.jobs import Program
 
 INSTALL = "pip install 'flexolmo_jax[plan]'"
 
@@ -78,21 +82,19 @@ def tpu_devices(topology: Topology) -> list:
     return list(found.devices)
 
 
-def compile_program(program, layout, available: int) -> Compiled:
-    """Compiles for the devices of a layout.
-
-    Args:
-      program: of `flexolmo_jax.plan.jobs`.
-      layout: on whose mesh it runs.
-      available: HBM of a device, in bytes, where the compiler does not say.
-    """
+def compile_program(program: Program, layout: Layout, available: int) -> Compiled:
+    """Compiles a program for the devices of a layout, of which `available` bytes of HBM each may be used."""
     began = time.monotonic()
     with jax.set_mesh(layout.mesh):
         lowered = program.function.lower(*program.arguments)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return Compiled(_too_large(str(error), available), "", time.monotonic() - began)
+            if needed := needed_memory(str(error)):
+                held = _argument_bytes(program)
+                memory = Memory(held, 0, max(needed - held, available - held + 1), 0, available)
+                return Compiled(memory, "", time.monotonic() - began)
+            raise
     found = compiled.memory_analysis()
     memory = Memory(
         arguments=found.argument_size_in_bytes,
@@ -104,6 +106,15 @@ def compile_program(program, layout, available: int) -> Compiled:
     return Compiled(memory, compiled.as_text(), time.monotonic() - began)
 
 
-def _too_large(message: str, available: int) -> Memory:
-    """What the compiler says about a program that it gave up because of its size."""
-    raise NotImplementedError(message[:3000])
+def needed_memory(message: str) -> int | None:
+    """Bytes of HBM that a program would take which the compiler gave up for its size; None for any other complaint."""
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return None
+    stated = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
+    return round(float(stated[1]) * 1024 ** (1 + "KMGT".index(stated[2]))) if stated else 1
+
+
+def _argument_bytes(program: Program) -> int:
+    """Bytes of a device's pieces of the arguments."""
+    leaves = [leaf for leaf in jax.tree.leaves(program.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

@@ -28,6 +28,9 @@ from flexolmo_jax.train.step import TrainState, jit_step
 TRAINING = ("pretrain", "train-expert", "tune-router")
 INFERENCE = ("forward", "generate")
 
+FIXED_EXPERTS = {"pretrain": 1, "train-expert": TOP_K}
+"""Jobs whose number of experts is given."""
+
 _OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=1)
 """Rates and weights are constants of the program: their values change neither its memory nor its work."""
 
@@ -69,8 +72,8 @@ class Job:
             raise UserError(f"there is no job {self.kind!r} to plan; {did_you_mean(self.kind, TRAINING + INFERENCE)}")
         if self.experts < 1 or not 1 <= self.top_k <= self.experts:
             raise UserError(f"top_k is {self.top_k}, but the model has {self.experts} experts")
-        if self.kind in fixed_experts and self.experts != fixed_experts[self.kind]:
-            raise UserError(f"{self.kind} has {fixed_experts[self.kind]} experts, but {self.experts} are given")
+        if self.kind in FIXED_EXPERTS and self.experts != FIXED_EXPERTS[self.kind]:
+            raise UserError(f"{self.kind} has {FIXED_EXPERTS[self.kind]} experts, but {self.experts} are given")
         if self.kind in TRAINING and self.top_k != self.experts:
             raise UserError(
                 f"{self.kind} sends every token to all {self.experts} experts, so top_k cannot be {self.top_k}"
@@ -140,10 +143,6 @@ class Job:
 
     def _per_row(self, layout: Layout, shape: tuple[int, ...] = (), dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.run.batch_size, *shape), dtype, sharding=layout.batch_sharding())
-
-
-fixed_experts = {"pretrain": 1, "train-expert": TOP_K}
-"""Jobs whose number of experts is given."""
 
 
 def _placed(tree: Any, layout: Layout) -> Any:

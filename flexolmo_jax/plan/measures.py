@@ -141,3 +141,63 @@ def _keeps_a_piece(run: Run) -> bool:
 def _axes(instruction: Instruction, attribute: str) -> list[int]:
     found = re.search(rf"{attribute}=\{{([\d,]*)\}}", instruction.attributes)
     return [int(axis) for axis in found[1].split(",") if axis] if found else []
+
+
+FREE = {
+    "after-all",
+    "bitcast",
+    "call",
+    "conditional",
+    "constant",
+    "domain",
+    "get-tuple-element",
+    "opt-barrier",
+    "parameter",
+    "partition-id",
+    "replica-id",
+    "tuple",
+    "while",
+}
+"""Instructions that move nothing themselves."""
+
+
+def memory_traffic(module: Module) -> int:
+    """Bytes that one device reads from its memory and writes to it in one step, as XLA's own cost analysis counts them.
+
+    Every instruction outside a fusion reads its operands and writes its result, but for what lies in a memory on the
+    compute core. Of an array of which only slices are taken the slices count, of one that is updated in place the update.
+    """
+    return sum(run.times * _bytes_moved(run, module) for run in module.runs() if run.within is None)
+
+
+def _bytes_moved(run: Run, module: Module) -> int:
+    instruction, computation = run.instruction, run.computation
+    if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+        return 0
+    inner = instruction.called("calls") if instruction.opcode == "fusion" else None
+    if inner:
+        return _bytes_of_fusion(instruction, computation, module.computations[inner])
+    if instruction.opcode == "dynamic-slice":
+        return 2 * _in_memory(instruction)
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * _in_memory(computation[instruction.operands[1]])
+    return _in_memory(instruction) + sum(_in_memory(computation[name]) for name in instruction.operands)
+
+
+def _bytes_of_fusion(fusion: Instruction, around: Computation, inside: Computation) -> int:
+    moved = 0
+    updates = [each for each in inside.values() if each.opcode == "dynamic-update-slice"]
+    for parameter in (each for each in inside.values() if each.opcode == "parameter"):
+        operand = around[fusion.operands[int(parameter.literal)]]
+        users = [each for each in inside.values() if parameter.name in each.operands]
+        if users and all(each.opcode == "dynamic-slice" and each.operands[0] == parameter.name for each in users):
+            moved += min(_in_memory(operand), sum(each.num_bytes for each in users))
+        elif not (users and all(each in updates and each.operands[0] == parameter.name for each in users)):
+            moved += _in_memory(operand)
+    if updates and all(each.shapes[0].dims in {shape.dims for shape in fusion.shapes} for each in updates):
+        return moved + sum(inside[each.operands[1]].num_bytes for each in updates)
+    return moved + _in_memory(fusion)
+
+
+def _in_memory(instruction: Instruction) -> int:
+    return sum(shape.num_bytes for shape in instruction.shapes if not shape.on_chip)

@@ -123,7 +123,8 @@ def traffic(job: Job, layout: Layout) -> Traffic:
 
     - gather: every matrix that is cut over `fsdp` comes together once for the forward pass and, where gradients pass
       through it, once for the backward pass, in the compute dtype: keeping all of them in between would undo the cut.
-      An embedding is looked up, and that takes no more than the tokens' own vectors.
+      The head's backward pass follows at once, and an embedding is looked up, which takes no more than the tokens' own
+      vectors.
     - reduce: the gradient of every trained leaf is summed, in the compute dtype, over the devices that saw other rows;
       each is left with its own piece of the sum, and pieces that several devices keep are summed among these.
     - tokens: over `expert` the tokens of a layer are shown around and their mixed outputs handed back, and over
@@ -150,7 +151,8 @@ def traffic(job: Job, layout: Layout) -> Traffic:
             if path[-1] == "embed":
                 gather += min(held, vectors) * _others(fsdp)
             elif is_matrix(path):
-                gather += held * _others(fsdp) * (1 + (path in through))
+                again = path in through and path[-1] != "head"
+                gather += held * _others(fsdp) * (1 + again)
             if job.is_trained(path) and _trains(job):
                 scattered = [axis for axis in axes if axis in BATCH_AXES and axis == "fsdp"]
                 summed = math.prod(sizes[axis] for axis in BATCH_AXES if axis not in axes)
