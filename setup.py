@@ -51,6 +51,8 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
+        # The TPU compiler that fits our jax, for planning on a machine without a TPU.
+        "plan": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "hf": ["transformers>=5,<6", "torch>=2.10,<3"],
         "eval": ["lm-eval>=0.4.9,<0.5"],

@@ -90,7 +90,8 @@ def _call(stage: Stage, gin_files: Sequence[str], gin_flags: Sequence[str], give
     from flexolmo_jax.configuration import configure
 
     options = {flag.fills: flag.name for flag in stage.flags}
-    return configure(stage.load(), gin_files, gin_flags, given=given, options=options)()
+    beside = [STAGES[name].load() for name in stage.beside]
+    return configure(stage.load(), gin_files, gin_flags, given=given, options=options, beside=beside)()
 
 
 class _Parser(argparse.ArgumentParser):

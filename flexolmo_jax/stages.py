@@ -37,6 +37,7 @@ class Stage:
       function: `module:function` that it calls; what that returns is reported.
       flags: its arguments.
       gin: whether `--gin_file` and `--gin.NAME=VALUE` can fill the parameters that flags leave open.
+      beside: other stages, whose gin files this one may be given too: what only they have is checked and passed over.
       shows: the one entry of the report that is printed where `--json` is not given; None prints the short entries.
     """
 
@@ -44,6 +45,7 @@ class Stage:
     function: str
     flags: tuple[Flag, ...]
     gin: bool = False
+    beside: tuple[str, ...] = ()
     shows: str | None = None
 
     def load(self) -> Callable[..., Any]:
@@ -267,6 +269,29 @@ STAGES: dict[str, Stage] = {
         summary="make the built-in corpora out of what Python itself carries",
         function="flexolmo_jax.commands:corpora",
         flags=(REQUIRED_OUT, OVERWRITE),
+    ),
+    "plan": Stage(
+        summary="say what a job needs on a topology, without having it: memory, work, traffic, time",
+        function="flexolmo_jax.plan:plan",
+        flags=(
+            Flag("JOB", "pretrain, train-expert, tune-router, forward or generate", "job"),
+            Flag("--topology", "chips and their shape, such as v5p:4x4x4, v5e:16x16 or h100:64", "topology"),
+            Flag("--experts", "experts of the model, the public one included", "experts", {"type": int}),
+            TOP_K,
+            Flag("--new_tokens", "for generate: tokens added to each row (default: 128)", "new_tokens", {"type": int}),
+            Flag(
+                "--search",
+                "look for the fastest accumulation, remat policy and mesh that fit",
+                "search",
+                {"action": "store_true"},
+            ),
+            Flag("--price", "US dollars for a chip and an hour, to estimate the cost", "price", {"type": float}),
+            dataclasses.replace(OUT, help="directory to write plan.json and plan.png to"),
+            OVERWRITE,
+        ),
+        gin=True,
+        beside=("pretrain", "train-expert", "tune-router"),
+        shows="verdict",
     ),
     "demo": Stage(
         summary="walk the whole road on this machine: anchor, three owners, merge, choice, export",

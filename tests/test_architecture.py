@@ -16,9 +16,9 @@ MAY_IMPORT = {
     "errors": set(),
     "memory": set(),
     "terminal": set(),
-    "moe": set(),
-    "model": {"moe"},
-    "parallel": {"model"},
+    "parallel": set(),
+    "moe": {"parallel"},
+    "model": {"moe", "parallel"},
     "data": set(),
     # the jobs
     "store": {"model"},
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "infer": {"model", "store", "parallel", "data"},
     "hf": {"store", "model", "infer", "data"},
     "evaluate": {"infer", "data", "terminal"},
+    "plan": {"model", "parallel", "data", "store", "train", "infer", "terminal"},
     # the doors
     "configuration": set(),
     "stages": set(),
@@ -46,7 +47,7 @@ AT_HOME = {
     "tensorflow": {"data"},
     "torch": {"hf"},
     "transformers": {"hf"},
-    "matplotlib": {"evaluate"},
+    "matplotlib": {"evaluate", "plan"},
     "orbax": {"store"},
     "cryptography": {"store"},
 }

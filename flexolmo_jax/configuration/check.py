@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +53,15 @@ def configurables(*stages: Callable) -> dict[str, Callable]:
 
 
 def check(
-    statements: Statements, known: Mapping[str, Callable], *, partial: bool = False
+    statements: Statements, known: Mapping[str, Callable], *, partial: Collection[str] = ()
 ) -> dict[tuple[str, str], Bound]:
     """Bindings by (configurable, parameter), macros resolved and values in their annotated types.
 
     Args:
       statements: what was read.
       known: what can be configured.
-      partial: whether macros may still be unset, as in a file for others to include; such bindings are left out.
+      partial: names of configurables whose macros may still be unset, as in a file for others to include; such
+        bindings are left out.
 
     Raises:
       UserError: a name is unknown, a macro is not used or has no value, or a value is of the wrong type.
@@ -83,7 +84,7 @@ def check(
         try:
             value, origin = _resolve(bound, statements.macros, known, ())
         except Unset:
-            if partial:
+            if name in partial:
                 continue
             raise
         annotation = parameters(known[name])[parameter].annotation
@@ -100,7 +101,8 @@ def check_file(file: Path, stages: typing.Sequence[Callable]) -> None:
     Raises:
       UserError: as `check` does.
     """
-    check(read([file], []), configurables(*stages), partial=True)
+    known = configurables(*stages)
+    check(read([file], []), known, partial=known)
 
 
 def _resolve(

@@ -44,6 +44,7 @@ def configure(
     *,
     given: Mapping[str, Any] | None = None,
     options: Mapping[str, str] | None = None,
+    beside: Sequence[Callable] = (),
 ) -> Configured:
     """Prepares the call of a stage. Nothing of an earlier call remains.
 
@@ -53,13 +54,16 @@ def configure(
       flags: `NAME=VALUE`, for macros and `Configurable.parameter`s, read after the files.
       given: arguments that come from elsewhere and win over gin.
       options: the command-line option of each parameter that has one; an error about a missing value names it.
+      beside: other stages, whose gin files may be read too: what only they have is checked and has no effect.
 
     Raises:
       UserError: one sentence that says where the configuration is wrong.
     """
     given = given or {}
     known = configurables(stage)
-    bindings = check(read(gin_files, flags), known)
+    others = configurables(*beside).keys() - known.keys()
+    bindings = check(read(gin_files, flags), configurables(stage, *beside), partial=others)
+    bindings = {place: bound for place, bound in bindings.items() if place[0] not in others}
     used: set[str] = set()
     _complete(stage, known, bindings, given, options or {}, used)
     for (name, parameter), bound in bindings.items():

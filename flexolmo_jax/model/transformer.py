@@ -17,12 +17,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model.attention import Attention, KeyValues, document_mask
+from flexolmo_jax.model.attention import Attention, KeyValues
 from flexolmo_jax.model.config import PUBLIC, ModelConfig
 from flexolmo_jax.model.norm import rms_norm
 from flexolmo_jax.model.rotary import rotary_angles
 from flexolmo_jax.model.router import RouterRow, Routing, choose
 from flexolmo_jax.moe import FeedForward, mix_experts
+from flexolmo_jax.parallel.activations import come_together, keep_rows
 
 REMAT_POLICIES = {
     "none": None,
@@ -167,15 +168,16 @@ class Transformer(nnx.Module):
           top_k: experts per token; None means all of them.
           mix: evaluates and mixes the experts, in place of `mix_experts`.
         """
-        mask = document_mask(segments)
         angles = self._angles(positions)
 
         def block(x, layer: Layers):
             queries, own = layer.attention.project(x, angles)
-            x = x + self._norm(layer.attention.attend(queries, own, mask), layer.attention_norm)
+            x = keep_rows(
+                x + self._norm(layer.attention.attend_documents(queries, own, segments), layer.attention_norm)
+            )
             routing = self._route(x, layer, permitted, top_k)
             mixed, measured = (mix or self._mix)(x, routing, layer)
-            return x + self._norm(mixed, layer.ffn_norm), (x, routing, measured)
+            return keep_rows(x + self._norm(mixed, layer.ffn_norm)), (x, routing, measured)
 
         if REMAT_POLICIES[self.remat] is not None:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat])
@@ -203,9 +205,9 @@ class Transformer(nnx.Module):
             layer, past = sliced
             queries, own = layer.attention.project(x, angles)
             past = jax.tree.map(lambda old, new: old.at[rows, positions].set(new.astype(old.dtype)), past, own)
-            x = x + self._norm(layer.attention.attend(queries, past, mask), layer.attention_norm)
+            x = keep_rows(x + self._norm(layer.attention.attend(queries, past, mask), layer.attention_norm))
             mixed, _ = self._mix(x, self._route(x, layer, permitted, top_k), layer)
-            return x + self._norm(mixed, layer.ffn_norm), past
+            return keep_rows(x + self._norm(mixed, layer.ffn_norm)), past
 
         x, cache = jax.lax.scan(block, self._embed(tokens), (self._layers(), cache))
         return self._norm(x, self.anchor.final_norm[...]), cache
@@ -216,8 +218,12 @@ class Transformer(nnx.Module):
         return KeyValues(jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype))
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        head = self.anchor.head[...].astype(hidden.dtype)
-        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        return self.unembedding(hidden.dtype)(hidden)
+
+    def unembedding(self, dtype: DTypeLike) -> Callable[[Float[Array, "*B D"]], Float[Array, "*B V"]]:
+        """From hidden states in `dtype` to float32 logits, for loops: devices gather the head here, not in them."""
+        head = come_together(self.anchor.head[...].astype(dtype), None, "tensor")
+        return lambda hidden: jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
     def _layers(self) -> Layers:
         anchor = self.anchor
@@ -226,7 +232,7 @@ class Transformer(nnx.Module):
         )
 
     def _embed(self, tokens):
-        return jnp.take(self.anchor.embed[...].astype(self.compute_dtype), tokens, axis=0)
+        return keep_rows(jnp.take(self.anchor.embed[...].astype(self.compute_dtype), tokens, axis=0))
 
     def _angles(self, positions):
         return rotary_angles(positions, self.config.head_width, self.config.rope_theta)

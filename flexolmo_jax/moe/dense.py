@@ -10,11 +10,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flexolmo_jax.moe.across_devices import mesh_axes, with_gathered_weights
+
 
 def feed_forward(x: Float[Array, "*T D"], weights) -> Float[Array, "*T D"]:
     """SwiGLU, `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
     gate, up, down = (w.astype(x.dtype) for w in weights)
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def each_expert(x: Float[Array, "T D"], experts: Sequence) -> list[Float[Array, "T D"]]:
+    return [feed_forward(x, expert) for expert in experts]
 
 
 def mix_experts(
@@ -23,8 +29,17 @@ def mix_experts(
     choices: Int[Array, "T K"],
     experts: Sequence,
 ) -> Float[Array, "T D"]:
-    if len(experts) == 1:
-        return feed_forward(x, experts[0]) * probabilities.astype(x.dtype)
+    if mesh_axes():
+        return with_gathered_weights(mix_local, (x, probabilities, choices), experts)
+    return mix_local(x, probabilities, choices, experts)
+
+
+def mix_local(
+    x: Float[Array, "T D"],
+    probabilities: Float[Array, "T K"],
+    choices: Int[Array, "T K"],
+    experts: Sequence,
+) -> Float[Array, "T D"]:
     one_hot = jax.nn.one_hot(choices, len(experts), dtype=probabilities.dtype)
     weights = jnp.einsum("tk,tke->te", probabilities, one_hot)
     mixed = jnp.zeros(x.shape, jnp.float32)

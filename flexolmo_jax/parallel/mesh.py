@@ -1,16 +1,17 @@
 """The mesh of devices and where parameters and batches lie on it."""
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model.partition import LeafPath, flatten, unflatten
-
-AXES = ("data", "fsdp", "expert", "tensor")
-"""Batches are cut over the first three; parameters over the last three; `data` replicates."""
+from flexolmo_jax.parallel.layouts import AXES, BATCH_AXES, LAYOUTS, LEAVES, axes_that_cut
 
 UNSHARDED_TOLERANCE = 0.02
 """Largest share of the parameters that may stay whole on every device of a layout that shards parameters."""
@@ -18,118 +19,156 @@ UNSHARDED_TOLERANCE = 0.02
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh's axes; their product is the number of devices.
+    """A named layout and the sizes of the mesh's axes; their product is the number of devices.
 
     Attributes:
-      data: replicas of the parameters; 0 means all devices that the other axes leave over.
-      fsdp: pieces of every parameter, gathered when used.
-      expert: pieces of the experts' parameters.
+      layout: "replicated", "fsdp" or "fsdp_expert" (see `flexolmo_jax.parallel.layouts`).
+      data: replicas of the parameters, over all slices; 0 means one per slice or, where `fsdp` is given or cuts nothing,
+        all devices that the other axes leave over.
+      fsdp: pieces of every matrix, gathered when used; 0 means all devices that the other axes leave over.
+      expert: pieces of the experts' hidden units, between which tokens travel.
       tensor: pieces of heads and hidden units.
     """
 
+    layout: str = "replicated"
     data: int = 0
-    fsdp: int = 1
+    fsdp: int = 0
     expert: int = 1
     tensor: int = 1
 
     def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise UserError(f"MeshConfig.layout is {self.layout!r}, but the layouts are {', '.join(LAYOUTS)}")
         for axis in AXES:
-            if getattr(self, axis) < (0 if axis == "data" else 1):
-                raise UserError(f"MeshConfig.{axis} must be at least 1, but it is {getattr(self, axis)}")
+            size, least = getattr(self, axis), 0 if axis in ("data", "fsdp") else 1
+            if size < least:
+                raise UserError(f"MeshConfig.{axis} must be at least {least}, but it is {size}")
+            if axis != "data" and size > 1 and axis not in axes_that_cut(self.layout):
+                raise UserError(f"MeshConfig.{axis} is {size}, but the layout {self.layout} cuts nothing over {axis}")
 
-    def build(self) -> "Layout":
-        """The layout of this mesh over all devices of the job.
+    def build(self, devices: Sequence[Any] | None = None) -> "Layout":
+        """The layout of this mesh over these devices, or over all devices of the job.
+
+        Devices of several slices are arranged so that only the axis `data` crosses from slice to slice.
 
         Raises:
-          UserError: the axes do not multiply to the number of devices.
+          UserError: the axes do not multiply to the number of devices, or `data` is not a multiple of the slices.
         """
-        devices = jax.devices()
-        others = self.fsdp * self.expert * self.tensor
-        data = self.data or max(1, len(devices) // others)
-        if data * others != len(devices):
+        devices = jax.devices() if devices is None else devices
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        shape = self.sizes(len(devices), slices)
+        if slices > 1:
+            within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+            arranged = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+        else:
+            arranged = mesh_utils.create_device_mesh(shape, devices)
+        return Layout(self.layout, Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
+
+    def sizes(self, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
+        """Sizes of all axes on so many devices, zeros replaced by what is left over.
+
+        Raises:
+          UserError: the axes do not multiply to the number of devices, or `data` is not a multiple of the slices.
+        """
+        shape = (*self._filled(devices, slices), self.expert, self.tensor)
+        if math.prod(shape) != devices:
             raise UserError(
-                f"the mesh data={data}, fsdp={self.fsdp}, expert={self.expert}, tensor={self.tensor} needs "
-                f"{data * others} devices, but there are {len(devices)}"
+                f"the mesh {', '.join(f'{axis}={size}' for axis, size in zip(AXES, shape, strict=True))} needs "
+                f"{math.prod(shape)} devices, but there are {devices}"
             )
-        shape = (data, self.fsdp, self.expert, self.tensor)
-        return Layout(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices))
+        if shape[0] % slices:
+            raise UserError(f"MeshConfig.data is {shape[0]}, but must be a multiple of the {slices} slices")
+        return shape
 
-
-_HIDDEN = ("expert", "tensor")
-_RULES: dict[str, PartitionSpec] = {
-    "embed": PartitionSpec("tensor", "fsdp"),
-    "head": PartitionSpec("fsdp", "tensor"),
-    "q": PartitionSpec(None, "fsdp", "tensor"),
-    "k": PartitionSpec(None, "fsdp", "tensor"),
-    "v": PartitionSpec(None, "fsdp", "tensor"),
-    "o": PartitionSpec(None, "tensor", "fsdp"),
-    "gate": PartitionSpec(None, "fsdp", _HIDDEN),
-    "up": PartitionSpec(None, "fsdp", _HIDDEN),
-    "down": PartitionSpec(None, _HIDDEN, "fsdp"),
-}
-"""Which mesh axes cut which axis of a leaf, by the leaf's name; leaves that are not listed stay whole."""
+    def _filled(self, devices: int, slices: int) -> tuple[int, int]:
+        others = self.expert * self.tensor
+        if "fsdp" not in axes_that_cut(self.layout) or self.fsdp:
+            fsdp = self.fsdp or 1
+            return self.data or max(1, devices // (fsdp * others)), fsdp
+        data = self.data or slices
+        return data, max(1, devices // (data * others))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh, and what lies where on it."""
+    """A mesh, and what lies where on it.
 
+    The axes are of type Auto: XLA derives where activations lie from where parameters and batches do. With explicit
+    types every product whose operands are cut would have to say where its result lies, so that the blocks, which also
+    run row by row and without any mesh, would be written for the mesh. What must not be left to XLA, the experts, runs
+    under `jax.shard_map` (see `flexolmo_jax.moe`).
+    """
+
+    name: str
     mesh: Mesh
 
-    def sharding(self, path: LeafPath, leaf: jax.ShapeDtypeStruct | jax.Array | np.ndarray) -> NamedSharding:
-        """Where a parameter lies.
+    def shardings(self, tree: Any) -> Any:
+        """Where the arrays of a tree lie: parameters, or an optimizer state whose leaves are named like parameters.
 
         Raises:
-          UserError: an axis of the leaf is not a multiple of the mesh axes that cut it.
+          UserError: an axis of a leaf is not a multiple of the mesh axes that cut it.
         """
-        spec = _RULES.get(path[-1], PartitionSpec())
-        for size, axes in zip(leaf.shape, spec, strict=False):
-            pieces = self._pieces(axes)
-            if size % pieces:
-                raise UserError(
-                    f"{'/'.join(path)} has an axis of {size}, which the mesh axes {axes} do not cut into {pieces}"
-                )
-        return NamedSharding(self.mesh, spec)
+        return jax.tree_util.tree_map_with_path(self._sharding, tree)
 
-    def place(self, params: dict) -> dict:
-        """Puts a tree of parameters onto the mesh.
-
-        Raises:
-          UserError: a parameter cannot be cut, or too much of the tree would stay whole.
-        """
-        flat = flatten(params)
-        shardings = {path: self.sharding(path, leaf) for path, leaf in flat.items()}
-        total = sum(leaf.size for leaf in flat.values())
-        whole = sum(leaf.size for path, leaf in flat.items() if self._pieces(*shardings[path].spec) == 1)
-        if self._pieces("fsdp", "expert", "tensor") > 1 and whole > UNSHARDED_TOLERANCE * total:
+    def check(self, params: Any) -> None:
+        """Raises UserError if too much of a whole model would stay whole on every device, though the mesh cuts it."""
+        sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(params)]
+        shardings = jax.tree.leaves(self.shardings(params))
+        whole = sum(size for size, at in zip(sizes, shardings, strict=True) if self._pieces(*at.spec) == 1)
+        if self._pieces("fsdp", "expert", "tensor") > 1 and whole > UNSHARDED_TOLERANCE * sum(sizes):
             raise UserError(
-                f"{whole / total:.0%} of the parameters would stay whole on every device of {self.describe()}"
+                f"{whole / sum(sizes):.0%} of the parameters would stay whole on every device of {self.describe()}"
             )
-        return unflatten({path: jax.device_put(leaf, shardings[path]) for path, leaf in flat.items()})
+
+    def place(self, tree: Any) -> Any:
+        """Puts a tree of arrays onto the mesh.
+
+        Raises:
+          UserError: see `shardings`.
+        """
+        return jax.tree.map(jax.device_put, tree, self.shardings(tree))
+
+    def create(self, function: Callable, *args) -> Any:
+        """What `function(*args)` returns, each array created where it lies: no device ever holds all of it."""
+        return jax.jit(function, out_shardings=self.shardings(jax.eval_shape(function, *args)))(*args)
+
+    def batch_sharding(self) -> NamedSharding:
+        """Where a batch lies: its rows are cut over the data, fsdp and expert axes."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
     def place_batch(self, batch):
-        """Puts a whole batch onto the mesh, its rows cut over the data, fsdp and expert axes.
+        """Puts a whole batch onto the mesh.
 
         Every process reads the whole batch and keeps what its own devices need, so which rows a step sees does not
         depend on how many processes there are.
         """
-        sharding = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp", "expert")))
+        sharding = self.batch_sharding()
         return jax.tree.map(
             lambda rows: jax.make_array_from_callback(rows.shape, sharding, lambda piece: rows[piece]), batch
         )
 
     def check_batch(self, rows: int) -> None:
         """Raises UserError unless so many rows can be cut over the mesh."""
-        pieces = self._pieces("data", "fsdp", "expert")
+        pieces = self._pieces(*BATCH_AXES)
         if rows % pieces:
             raise UserError(f"a (micro-)batch of {rows} rows cannot be cut over {pieces} devices of {self.describe()}")
 
     def describe(self) -> str:
-        return " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        return f"{self.name}, {' x '.join(f'{axis} {size}' for axis, size in self.mesh.shape.items())}"
+
+    def _sharding(self, path: tuple, leaf: jax.ShapeDtypeStruct | jax.Array | np.ndarray) -> NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        rules = LAYOUTS[self.name]
+        meanings = LEAVES.get(names[-1], ()) if names and leaf.ndim else ()
+        spec = PartitionSpec(*(rules.get(meaning) for meaning in meanings))
+        for size, axes in zip(leaf.shape, spec, strict=False):
+            if size % self._pieces(axes):
+                raise UserError(
+                    f"{'/'.join(names)} has an axis of {size}, which the mesh axes {axes} do not cut into "
+                    f"{self._pieces(axes)}"
+                )
+        return NamedSharding(self.mesh, spec)
 
     def _pieces(self, *axes) -> int:
-        pieces = 1
-        for axis in axes:
-            for name in (axis,) if isinstance(axis, str) else axis or ():
-                pieces *= self.mesh.shape[name]
-        return pieces
+        names = [name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis or ())]
+        return math.prod(self.mesh.shape[name] for name in names)

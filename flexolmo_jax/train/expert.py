@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from flexolmo_jax import terminal
 from flexolmo_jax.data.decoys import Decoys
@@ -12,7 +13,7 @@ from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import open_split, prepare
 from flexolmo_jax.data.reading import RowSource, batches
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import PUBLIC, builder
+from flexolmo_jax.model import PUBLIC, ModelConfig, abstract_params, builder
 from flexolmo_jax.parallel import MeshConfig
 from flexolmo_jax.store import checkpoint, contribution, manifest
 from flexolmo_jax.store.manifest import ExpertRecord
@@ -25,7 +26,7 @@ from flexolmo_jax.train.objective import ObjectiveConfig
 from flexolmo_jax.train.optimizer import OptimizerConfig
 from flexolmo_jax.train.router_start import RouterStart, Start
 from flexolmo_jax.train.run import DTYPES, RunConfig
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.step import Step, TrainState, make_step
 
 TOP_K = 2
 """Experts per token in an owner's job: both, softly mixed, as published."""
@@ -138,18 +139,18 @@ def train_expert(
             },
         )
 
+        layout.check(abstract_params(base.model, (PUBLIC, expert.name)))
         _, loaded = checkpoint.load(anchor, "anchor")
         frozen = layout.place(in_compute_dtype(loaded, DTYPES[run.compute_dtype]))
         build = builder(base.model, (PUBLIC, expert.name), **run.model_options)
         build_anchor = builder(base.model, (PUBLIC,), **run.model_options)
         start = router_start.begin(base.model, build_anchor, frozen, own_rows, public_rows, run.seed)
         trainable = layout.place(_new_expert(loaded, expert.name, start))
-        task = ExpertTraining(expert.name, objective, restraint)
         transformation = optimizer.build(run.steps)
         job.begin()
         state = train(
-            make_step(build, task.weigh, task.loss, transformation, accumulation=run.accumulation),
-            TrainState(trainable, jax.jit(transformation.init)(trainable)),
+            expert_step(base.model, expert.name, run, objective, restraint, transformation),
+            TrainState(trainable, layout.create(transformation.init, trainable)),
             frozen,
             batches(sources, shares, run.batch_size, run.seed),
             run,
@@ -163,6 +164,25 @@ def train_expert(
         record = ExpertRecord(name=expert.name, owner=expert.owner, tokens_seen=tokens_seen, licence=expert.licence)
         contribution.write(out / "contribution", jax.device_get(params), base, record, top_k=TOP_K, gin=gin)
         return result | {"calibration": found}
+
+
+def expert_step(
+    model: ModelConfig,
+    name: str,
+    run: RunConfig,
+    objective: ObjectiveConfig,
+    restraint: RestraintConfig,
+    transformation: optax.GradientTransformation,
+) -> Step:
+    """The step of this job; the anchor is frozen."""
+    task = ExpertTraining(name, objective, restraint)
+    return make_step(
+        builder(model, (PUBLIC, name), **run.model_options),
+        task.weigh,
+        task.loss,
+        transformation,
+        accumulation=run.accumulation,
+    )
 
 
 def _held_out(prepared: Path, length: int) -> Packing:

@@ -14,7 +14,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.config import PUBLIC
 from flexolmo_jax.model.router import Routing
 from flexolmo_jax.model.transformer import Layers, Transformer
-from flexolmo_jax.moe.dense import feed_forward
+from flexolmo_jax.moe import each_expert
 from flexolmo_jax.train.objective import ObjectiveConfig, language_modelling, normalised
 from flexolmo_jax.train.step import Weights
 
@@ -86,7 +86,8 @@ class ExpertTraining:
         Returns:
           The mix [B, S, D], and [B, S] the squared distance relative to the public output's squared size.
         """
-        public, mine = (feed_forward(x, layer.experts[name].weights()) for name in (PUBLIC, self._name))
+        weights = [layer.experts[name].weights() for name in (PUBLIC, self._name)]
+        public, mine = (y.reshape(x.shape) for y in each_expert(x.reshape(-1, x.shape[-1]), weights))
         mixed = routing.probabilities[..., :1] * public + routing.probabilities[..., 1:] * mine
         still = jax.lax.stop_gradient(public).astype(jnp.float32)
         moved = routing.probabilities[..., 1:] * (mine - still)

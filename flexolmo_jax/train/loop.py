@@ -16,7 +16,7 @@ from flexolmo_jax.data.reading import read_from
 from flexolmo_jax.parallel.mesh import Layout
 from flexolmo_jax.store.progress import Keep, Progress
 from flexolmo_jax.train.run import RunConfig
-from flexolmo_jax.train.step import TrainState
+from flexolmo_jax.train.step import TrainState, jit_step
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,8 +51,9 @@ def train(
     if begin:
         state = progress.restore(state)
     _forget_after(out / "metrics.jsonl", begin)
-    compiled = jax.jit(step, donate_argnums=0)
+    compiled = jit_step(step, state)
     with (
+        jax.set_mesh(layout.mesh),
         _StopFlag() as stop,
         (out / "metrics.jsonl").open("a") as log,
         terminal.Progress(out.name, run.steps, first=begin) as bar,

@@ -50,8 +50,10 @@ class TokenLosses(NamedTuple):
 def token_losses(model: Transformer, hidden: Float[Array, "B S D"], targets: Int[Array, "B S"]) -> TokenLosses:
     """Losses of predicting `targets` from the final hidden states."""
 
+    unembed = model.unembedding(hidden.dtype)
+
     def piece(hidden, targets):
-        logits = model.unembed(hidden)
+        logits = unembed(hidden)
         log_partition = jax.nn.logsumexp(logits, axis=-1)
         target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return TokenLosses(log_partition - target, jnp.square(log_partition))

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import jax
+import optax
 
 from flexolmo_jax import terminal
 from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import open_split, prepare
 from flexolmo_jax.data.reading import batches
-from flexolmo_jax.model import PUBLIC, InitialScales, ModelConfig, builder, initialise
+from flexolmo_jax.model import PUBLIC, InitialScales, ModelConfig, abstract_params, builder, initialise
 from flexolmo_jax.model.bias_channel import pin
 from flexolmo_jax.parallel import MeshConfig
 from flexolmo_jax.store import arrays, checkpoint
@@ -18,7 +19,7 @@ from flexolmo_jax.train.loop import train
 from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig
 from flexolmo_jax.train.optimizer import OptimizerConfig
 from flexolmo_jax.train.run import RunConfig
-from flexolmo_jax.train.step import TrainState, make_step, unconstrained
+from flexolmo_jax.train.step import Constraint, Step, TrainState, make_step, unconstrained
 
 
 def pretrain(
@@ -73,22 +74,13 @@ def pretrain(
                     "out": out,
                 },
             )
-            constrain = pin if model.bias_channel else unconstrained
-            params = layout.place(constrain(initialise(model, seed=run.seed, scales=scales)))
+            layout.check(abstract_params(model, (PUBLIC,)))
+            params = layout.create(lambda: _constraint(model)(initialise(model, seed=run.seed, scales=scales)))
             transformation = optimizer.build(run.steps)
-            task = LanguageModelling(objective)
-            step = make_step(
-                builder(model, (PUBLIC,), **run.model_options),
-                task.weigh,
-                task.loss,
-                transformation,
-                accumulation=run.accumulation,
-                constrain=constrain,
-            )
             job.begin()
             state = train(
-                step,
-                TrainState(params, jax.jit(transformation.init)(params)),
+                pretrain_step(model, run, objective, transformation),
+                TrainState(params, layout.create(transformation.init, params)),
                 {},
                 batches({0: rows}, {0: 1.0}, run.batch_size, run.seed),
                 run,
@@ -108,3 +100,22 @@ def pretrain(
             checkpoint.write(out / "anchor", jax.device_get(state.params), manifest)
     manifest = read(out / "anchor", "anchor")
     return {"anchor": out / "anchor", "fingerprint": manifest.anchor, "tokens": tokens_seen}
+
+
+def pretrain_step(
+    model: ModelConfig, run: RunConfig, objective: ObjectiveConfig, transformation: optax.GradientTransformation
+) -> Step:
+    """The step of this job; nothing is frozen."""
+    task = LanguageModelling(objective)
+    return make_step(
+        builder(model, (PUBLIC,), **run.model_options),
+        task.weigh,
+        task.loss,
+        transformation,
+        accumulation=run.accumulation,
+        constrain=_constraint(model),
+    )
+
+
+def _constraint(model: ModelConfig) -> Constraint:
+    return pin if model.bias_channel else unconstrained

@@ -5,17 +5,18 @@ out no longer leaves no trace. Its manifest names the owners.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import optax
 
 from flexolmo_jax import terminal
 from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import open_split, prepare
 from flexolmo_jax.data.reading import batches
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import PUBLIC, builder
+from flexolmo_jax.model import PUBLIC, ModelConfig, abstract_params, builder
 from flexolmo_jax.model.partition import belongs_to_router, join, split
 from flexolmo_jax.parallel import MeshConfig
 from flexolmo_jax.store import arrays, checkpoint, manifest
@@ -25,7 +26,7 @@ from flexolmo_jax.train.loop import train
 from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig
 from flexolmo_jax.train.optimizer import OptimizerConfig
 from flexolmo_jax.train.run import DTYPES, RunConfig
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.step import Step, TrainState, make_step
 
 
 def tune_router(
@@ -89,22 +90,16 @@ def tune_router(
                 "out": out,
             },
         )
+        layout.check(abstract_params(base.model, base.names))
         _, params = checkpoint.load(merged, "merged")
         rows_and_biases, rest = split(params, belongs_to_router)
         trainable = layout.place(rows_and_biases)
         frozen = layout.place(in_compute_dtype(rest, DTYPES[run.compute_dtype]))
-        task = LanguageModelling(objective)
         transformation = optimizer.build(run.steps)
         job.begin()
         state = train(
-            make_step(
-                builder(base.model, base.names, **run.model_options),
-                task.weigh,
-                task.loss,
-                transformation,
-                accumulation=run.accumulation,
-            ),
-            TrainState(trainable, jax.jit(transformation.init)(trainable)),
+            router_step(base.model, base.names, run, objective, transformation),
+            TrainState(trainable, layout.create(transformation.init, trainable)),
             frozen,
             batches(dict(enumerate(rows)), dict.fromkeys(range(len(rows)), 1 / len(rows)), run.batch_size, run.seed),
             run,
@@ -117,3 +112,17 @@ def tune_router(
         )
         checkpoint.write(out / "merged", join(rest, tuned), derived)
         return result
+
+
+def router_step(
+    model: ModelConfig,
+    names: Sequence[str],
+    run: RunConfig,
+    objective: ObjectiveConfig,
+    transformation: optax.GradientTransformation,
+) -> Step:
+    """The step of this job; all but the router is frozen, and every token goes to every expert."""
+    task = LanguageModelling(objective)
+    return make_step(
+        builder(model, names, **run.model_options), task.weigh, task.loss, transformation, accumulation=run.accumulation
+    )

@@ -22,11 +22,25 @@ Constraint = Callable[[dict], dict]
 """Puts trainable parameters back into the set that they must lie in."""
 
 
+Step = Callable[["TrainState", dict, Batch], tuple["TrainState", dict[str, jax.Array]]]
+"""From (state, frozen parameters, batch) to the next state and the step's metrics."""
+
+
 class TrainState(NamedTuple):
     """What training changes. A tree without the frozen part: that has no gradient and no optimizer state."""
 
     params: dict[str, Any]
     optimizer: optax.OptState
+
+
+def jit_step(step: Step, state: TrainState) -> Callable:
+    """The step, compiled at its first call: the new state takes the place of the old one, and lies where that lay.
+
+    Args:
+      step: what `make_step` returned.
+      state: arrays, or `jax.ShapeDtypeStruct`s with shardings.
+    """
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 
 
 def unconstrained(params: dict) -> dict:
@@ -41,7 +55,7 @@ def make_step(
     *,
     accumulation: int = 1,
     constrain: Constraint = unconstrained,
-) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Step:
     """A pure function from (state, frozen parameters, batch) to the next state and the step's metrics.
 
     Only `state.params` is differentiated, so no gradient of a frozen matrix is ever formed.

@@ -1,0 +1,107 @@
+"""The products of `grouped` on CPU: expert by expert, so many rows at a time.
+
+`jax.lax.ragged_dot` multiplies every row with every expert there. Here a loop whose length is the number of rows that
+an expert has, known only when the program runs, takes blocks of a fixed size. The last block of an expert reaches into
+rows of the next one, which writes them after it; the last expert's reaches beyond the end, so buffers are longer by a
+block. What is temporary is bounded by rows, not by experts.
+
+Axis legend: `N` rows of a block; otherwise see `flexolmo_jax.moe.grouped`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flexolmo_jax.moe.across_devices import zeros_beside
+
+BLOCK = 256
+"""Rows at a time: the fewer, the less is wasted at an expert's end; the more, the nearer a product is to full speed."""
+
+
+def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
+    """Outputs of all rows, and the activations that the backward pass needs: gate and up, before the nonlinearity."""
+    width, hidden = experts[0][0].shape
+    token = _lengthened(rows.token)
+    buffers = tuple(zeros_beside(x, (len(token), size), x.dtype) for size in (width, hidden, hidden))
+
+    def block(start, _end, buffers, expert):
+        gate, up, down = expert
+        inputs = x[_cut(token, start)]
+        g, u = inputs @ gate, inputs @ up
+        return _put(buffers, ((jax.nn.silu(g) * u) @ down, g, u), start)
+
+    for start, end, expert in _groups(rows, experts):
+        buffers = _over_blocks(block, start, end, buffers, expert)
+    y, g, u = buffers
+    return y, (g, u)
+
+
+def backward(x, cotangent, weights, rows, experts, activations, trained) -> tuple[Any, Any, Any]:
+    """Gradients of the rows' inputs [R, D], of their weights [R], and of the experts, None for those not trained."""
+    token, weights = _lengthened(rows.token), _lengthened(weights)
+    g_all, u_all = activations
+    buffers = tuple(zeros_beside(x, (len(token), size), dtype) for size, dtype in ((x.shape[1], x.dtype), (1, jnp.float32)))
+    d_experts = []
+    for (start, end, expert), is_trained in zip(_groups(rows, experts), trained, strict=True):
+        sums = tuple(zeros_beside(x, w.shape, jnp.float32) for w in expert) if is_trained else ()
+
+        def block(start, end, carry, expert):
+            buffers, sums = carry
+            gate, up, down = expert
+            here = _cut(token, start)
+            inputs, d_mixed, g, u = x[here], cotangent[here], _cut(g_all, start), _cut(u_all, start)
+            # Rows beyond the end are the next expert's.
+            own = start + jnp.arange(BLOCK) < end
+            weight = jnp.where(own, _cut(weights, start), 0.0)[:, None]
+            silu, slope = jax.nn.silu(g), jax.nn.sigmoid(g)
+            slope = slope * (1 + g * (1 - slope))
+            h = silu * u
+            d_h = jax.lax.dot_general(d_mixed, down, (((1,), (1,)), ((), ())))
+            d_weight = jnp.sum(d_h.astype(jnp.float32) * h, axis=1, keepdims=True)
+            d_h = (d_h * weight).astype(x.dtype)
+            d_g, d_u = d_h * u * slope, d_h * silu
+            d_inputs = jax.lax.dot_general(d_g, gate, (((1,), (1,)), ((), ())))
+            d_inputs += jax.lax.dot_general(d_u, up, (((1,), (1,)), ((), ())))
+            if sums:
+                products = (inputs, d_g), (inputs, d_u), (h, (d_mixed * weight).astype(x.dtype))
+                sums = tuple(total + _transposed_product(*each) for total, each in zip(sums, products, strict=True))
+            return _put(buffers, (d_inputs, d_weight), start), sums
+
+        buffers, sums = _over_blocks(block, start, end, (buffers, sums), expert)
+        d_experts.append(tuple(s.astype(w.dtype) for s, w in zip(sums, expert, strict=True)) if sums else None)
+    d_x, d_weights = buffers
+    return d_x, d_weights[:, 0], d_experts
+
+
+def _groups(rows, experts):
+    """First row, row after the last one, and weights of every expert."""
+    ends = jnp.cumsum(rows.sizes)
+    return [(ends[i] - rows.sizes[i], ends[i], expert) for i, expert in enumerate(experts)]
+
+
+def _over_blocks(block, start, end, carry, expert):
+    def advance(state):
+        at, carry = state
+        return at + BLOCK, block(at, end, carry, expert)
+
+    return jax.lax.while_loop(lambda state: state[0] < end, advance, (start, carry))[1]
+
+
+def _lengthened(a: Array) -> Array:
+    return jnp.pad(a, [(0, BLOCK)] + [(0, 0)] * (a.ndim - 1))
+
+
+def _cut(a: Array, start) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, BLOCK)
+
+
+def _put(buffers: tuple, blocks: tuple, start) -> tuple:
+    return tuple(
+        jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 0) for a, b in zip(buffers, blocks, strict=True)
+    )
+
+
+def _transposed_product(a: Float[Array, "N _"], b: Float[Array, "N _"]) -> Float[Array, "_ _"]:
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,27 @@
+"""Expert parallelism by showing tokens around: an all-gather and a reduce-scatter over the mesh axis `expert`.
+
+Every device holds a piece of every expert: some hidden units of each, so that its work and its messages are the same
+whatever the router decides, the number of experts need not fit the axis, and no buffer is sized for the worst case. The
+usual expert parallelism, whole experts on some devices, has the same two messages and none of this. It is right where
+tokens choose a large part of the experts, as FlexOlmo's do; where they choose few of many, `ragged` sends less.
+
+Axis legend: see `flexolmo_jax.moe.api`.
+"""
+
+from collections.abc import Sequence
+
+from jaxtyping import Array, Float, Int
+
+from flexolmo_jax.moe import dense
+from flexolmo_jax.moe.across_devices import mesh_axes, with_gathered_tokens
+
+
+def mix_experts(
+    x: Float[Array, "T D"],
+    probabilities: Float[Array, "T K"],
+    choices: Int[Array, "T K"],
+    experts: Sequence,
+) -> Float[Array, "T D"]:
+    if mesh_axes().get("expert", 1) == 1:
+        raise ValueError("ring needs a mesh whose axis `expert` is larger than 1; set it with jax.set_mesh")
+    return with_gathered_tokens(dense.mix_local, (x, probabilities, choices), experts)

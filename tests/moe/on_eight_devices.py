@@ -1,0 +1,22 @@
+"""A program on eight simulated devices: checks an implementation on meshes, all given as JSON; prints what it did."""
+
+import json
+import sys
+
+import jax
+
+from flexolmo_jax.moe import IMPLEMENTATIONS
+from flexolmo_jax.parallel import MeshConfig
+from tests.moe.parity import EDGES, check
+
+
+def main() -> None:
+    for implementation, axes in json.loads(sys.argv[1]):
+        with jax.set_mesh(MeshConfig(layout="fsdp_expert", **axes).build().mesh):
+            for case in EDGES:
+                check(IMPLEMENTATIONS[implementation], case)
+        print(implementation, axes, f"{len(EDGES)} cases")
+
+
+if __name__ == "__main__":
+    main()
