@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "train": {"moe", "model", "parallel", "data", "store", "terminal"},
     "merge": {"store", "model"},
     "infer": {"model", "store", "parallel", "data"},
-    "hf": {"store", "model", "infer", "data"},
+    "hf": {"store", "model", "infer", "data", "terminal"},
     "evaluate": {"infer", "data", "terminal"},
     # the doors
     "configuration": set(),

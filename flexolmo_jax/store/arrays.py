@@ -96,16 +96,44 @@ def open_leaves(directory: Path) -> dict[LeafPath, tensorstore.TensorStore]:
       UserError: the directory is not a complete checkpoint, or a leaf is missing.
     """
 
-    def open_leaf(path: LeafPath) -> tensorstore.TensorStore:
-        where = f"{directory.absolute()}/{_ITEM}/{'.'.join(path)}/"
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}
-        try:
-            # A missing file shall be an error of its reader, not zeros.
-            return tensorstore.open(spec | {"fill_missing_data_reads": False}, read=True).result()
-        except ValueError as error:
-            raise UserError(f"{directory} cannot be read, {'/'.join(path)} is missing or damaged") from error
+    return {path: open_leaf(directory, path) for path in flatten(shapes(directory))}
 
-    return {path: open_leaf(path) for path in flatten(shapes(directory))}
+
+def open_leaf(directory: Path, path: LeafPath) -> tensorstore.TensorStore:
+    """One leaf, opened but not read.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    where = f"{leaf_directory(directory.absolute(), path)}/"
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}
+    try:
+        # A missing file shall be an error of its reader, not zeros.
+        return tensorstore.open(spec | {"fill_missing_data_reads": False}, read=True).result()
+    except ValueError as error:
+        raise UserError(f"{directory} cannot be read, {'/'.join(path)} is missing or damaged") from error
+
+
+def read(leaf: tensorstore.TensorStore) -> np.ndarray:
+    """What an opened leaf, or a part of one, holds.
+
+    Raises:
+      UserError: a file of it is missing or damaged.
+    """
+    try:
+        return np.asarray(leaf.read().result())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{leaf.kvstore.path} cannot be read, a part of it is missing or damaged") from error
+
+
+def leaf_directory(directory: Path, path: LeafPath) -> Path:
+    """Where, within a checkpoint, the files of one leaf are."""
+    return directory / _ITEM / ".".join(path)
+
+
+def is_stacked(path: LeafPath) -> bool:
+    """Whether the leaf's first axis is the layers."""
+    return path[-1] not in _NOT_STACKED
 
 
 def digests(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -125,7 +153,7 @@ def fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _chunking(path, _value):
     options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
-    if path[-1].key not in _NOT_STACKED:
+    if is_stacked(tuple(key.key for key in path)):
         options.shard_axes = (0,)
     return options
 
