@@ -72,17 +72,17 @@ def _table(records: Sequence[ExpertRecord]) -> str:
 
 
 def _opting_out(manifest: Manifest, names: Sequence[str]) -> str:
-    remaining = [name for name in names if name != names[-1]] or list(names)
+    remaining = names[:-1] or [PUBLIC]
     text = (
-        "An owner who withdraws is left out of the next export. Nothing is retrained, and the other experts' weights do "
-        f"not change; without {names[-1]}, for example:\n\n"
+        "An owner who withdraws is left out of the next export. Nothing is retrained, and the other experts' weights "
+        f"do not change; without {names[-1]}, for example:\n\n"
         f"    flexolmo export-hf MODEL --out OUT --experts {','.join(remaining)}"
     )
     if manifest.router_tuned_on:
         tuned = ", ".join(_plain(name) for name in manifest.router_tuned_on)
         text += (
-            f"\n\nThe router of this model was tuned on text chosen by {tuned}, so leaving one of them out of an export "
-            "leaves a trace in the router rows: merge again without that owner instead."
+            f"\n\nThe router of this model was tuned on text chosen by {tuned}, so leaving one of them out of an "
+            "export leaves a trace in the router rows: merge again without that owner instead."
         )
     return text
 
@@ -90,8 +90,8 @@ def _opting_out(manifest: Manifest, names: Sequence[str]) -> str:
 def _bias_note(handled: "Handled", architecture: str) -> str:
     if architecture == MIXTURE_WITH_BIAS:
         return (
-            "The router has a bias, which transformers' own class has not. Load the model with `trust_remote_code=True`, "
-            "which runs `modeling_flex_olmo_bias.py` from this directory."
+            "The router has a bias, which transformers' own class has not. Load the model with "
+            "`trust_remote_code=True`, which runs `modeling_flex_olmo_bias.py` from this directory."
         )
     if handled.folded is not None:
         fold = handled.folded

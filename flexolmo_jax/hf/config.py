@@ -18,8 +18,8 @@ EXPERT_NAMES = "expert_names"
 """Our own key in `config.json`: the experts' names in order. Transformers keeps it and makes no use of it."""
 
 MAX_POSITIONS = 4096
-"""`max_position_embeddings` of a model that was trained here. Rotary positions need no table, so it is advice to serving
-programs alone."""
+"""`max_position_embeddings` of a model that was trained here. Rotary positions need no table, so it is advice to
+serving programs alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

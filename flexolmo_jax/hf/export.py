@@ -26,7 +26,7 @@ from flexolmo_jax.hf.matrices import cast, transposed
 from flexolmo_jax.hf.names import HEAD, Piece, dense_pieces, mixture_pieces
 from flexolmo_jax.hf.router_bias import Handled, handle_biases
 from flexolmo_jax.hf.shards import INDEX, SINGLE_FILE
-from flexolmo_jax.model.partition import LeafPath, belongs_to_router
+from flexolmo_jax.model.partition import LeafPath
 from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.directories import refuse_existing
 from flexolmo_jax.store.manifest import Manifest, read
@@ -268,7 +268,7 @@ def _write_tensors(
     directory, placed, digests = parts.directory, {}, {}
     total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in announced.values())
     written = 0
-    with Progress("export-hf, MB", total=max(total // 10**6, 1)) as progress:
+    with Progress("export-hf, MB", total=megabytes(total)) as progress:
         for number, shard in enumerate(shards, start=1):
             name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             placed |= dict.fromkeys(shard, name)
@@ -280,10 +280,15 @@ def _write_tensors(
                 parts.finish(name, noted)
             digests[name] = noted["sha256"]
             written += noted["bytes"]
-            progress.update(min(written // 10**6, total // 10**6))
+            progress.update(megabytes(min(written, total)))
     if len(shards) > 1:
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
     return digests
+
+
+def megabytes(count: int) -> int:
+    """Bytes as whole megabytes, rounded up."""
+    return -(-count // 10**6)
 
 
 def _is_written(file: Path, noted: Mapping[str, Any]) -> bool:

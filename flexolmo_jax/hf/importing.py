@@ -10,6 +10,7 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.hf import companions
+from flexolmo_jax.hf.export import megabytes
 from flexolmo_jax.hf.shards import FOLDER
 from flexolmo_jax.hf.source import Source, open_source
 from flexolmo_jax.model import PUBLIC, ModelConfig
@@ -121,7 +122,7 @@ def import_hf(
         size = sum(leaf.nbytes for leaf in source.leaves.values())
         with (
             resumable_directory(out, plan, overwrite=overwrite) as parts,
-            Progress("import-hf, MB", total=max(size // 10**6, 1)) as progress,
+            Progress("import-hf, MB", total=megabytes(size)) as progress,
         ):
             writing = _Writing(source, parts, progress, tokenizer)
             if base is None or given is None:
@@ -263,13 +264,13 @@ class _Writing:
                 a, b = mine.astype(np.float32), theirs.astype(np.float32)
                 if differing := int(np.count_nonzero(a != b)):
                     raise UserError(
-                        f"{self._source.directory} does not contain {anchor}: {tensor or 'the public router row'} differs "
-                        f"in {differing:,} of {a.size:,} values, by up to {float(np.max(np.abs(a - b))):.4g}"
+                        f"the shared half of {self._source.directory} is not {anchor}: {tensor} differs in "
+                        f"{differing:,} of {a.size:,} values, by up to {float(np.max(np.abs(a - b))):.4g}"
                     )
 
     def _advance(self, count: int) -> None:
         self._bytes += count
-        self._progress.update(self._bytes // 10**6)
+        self._progress.update(megabytes(self._bytes))
 
 
 def _check_same_shape(source: Source, base: Manifest, tokenizer: str) -> None:

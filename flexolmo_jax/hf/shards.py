@@ -1,4 +1,4 @@
-"""A directory of safetensors files as one collection of tensors. It may come from anywhere, so nothing in it is trusted.
+"""A directory of safetensors files as one collection of tensors. It may come from anywhere, so it is not trusted.
 
 No file is read that does not belong to the directory: an index names plain files, and a symbolic link must stay within
 the directory, or lead to the blobs of the Hugging Face cache that the directory is a snapshot of.

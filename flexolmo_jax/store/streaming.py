@@ -6,7 +6,7 @@ Orbax writes what makes a directory a checkpoint; tensorstore writes the leaves 
 import hashlib
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
