@@ -84,9 +84,9 @@ def handle_biases(
     if drop:
         return Handled(dropped=largest)
     raise UserError(
-        f"{directory} has a router bias of size up to {largest:.4g} (expert {expert!r}), which Hugging Face's "
-        "router lacks and this anchor has no bias channel to fold into: give --fold-bias PUBLIC_TEXT to fold it approximately, "
-        "--custom-code to bring a model class that has it, or --drop-bias to leave it out"
+        f"{directory} has a router bias of size up to {largest:.4g} (expert {expert!r}), which Hugging Face's router "
+        "lacks and this anchor has no bias channel to fold into: give --fold-bias PUBLIC_TEXT to fold it "
+        "approximately, --custom-code to bring a model class that has it, or --drop-bias to leave it out"
     )
 
 
