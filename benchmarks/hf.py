@@ -120,10 +120,10 @@ def step(kind: str, source: Path, out: Path, shard_bytes: int) -> dict[str, floa
 
 def same(one: Path, other: Path) -> bool:
     """Whether two models have the same tensors, bit for bit."""
-    with open_shards(one) as first, open_shards(other) as second:
-        return first.names == second.names and all(
-            first.read(name, None).tobytes() == second.read(name, None).tobytes() for name in first.names
-        )
+    first, second = open_shards(one), open_shards(other)
+    return first.names == second.names and all(
+        first.read(name, None).tobytes() == second.read(name, None).tobytes() for name in first.names
+    )
 
 
 def main() -> None:

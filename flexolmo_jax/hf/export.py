@@ -30,7 +30,7 @@ from flexolmo_jax.model.partition import LeafPath
 from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.directories import refuse_existing
 from flexolmo_jax.store.manifest import Manifest, read
-from flexolmo_jax.store.resumable import Parts, resumable_directory
+from flexolmo_jax.store.resumable import Parts, refuse_losing, resumable_directory
 from flexolmo_jax.terminal import Progress
 
 MAX_SHARD_BYTES = 2 * 2**30
@@ -107,7 +107,7 @@ def export_hf(
     """
     source, out = Path(checkpoint_directory), Path(out)
     refuse_existing(out, overwrite=overwrite)
-    _refuse_losing(source, out)
+    refuse_losing(source, out)
     target = _dtype_named(dtype)
     if max_shard_bytes < 1:
         raise UserError(f"a shard must hold at least one byte, not {max_shard_bytes}")
@@ -182,11 +182,6 @@ def export_hf(
 def modeling_code() -> str:
     """The model class with router biases that an export with custom code brings along."""
     return resources.files("flexolmo_jax.hf").joinpath(f"{MODELING}.txt").read_text(encoding="utf-8")
-
-
-def _refuse_losing(source: Path, out: Path) -> None:
-    if source.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out} is or holds the model that is to be exported: give another --out")
 
 
 def _dtype_named(name: str | None) -> np.dtype | None:

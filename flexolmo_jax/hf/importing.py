@@ -16,8 +16,9 @@ from flexolmo_jax.hf.source import Source, open_source
 from flexolmo_jax.model import PUBLIC, ModelConfig
 from flexolmo_jax.model.partition import LeafPath, Predicate, belongs_to_anchor, belongs_to_expert, unflatten
 from flexolmo_jax.store import arrays, checkpoint, streaming
+from flexolmo_jax.store.directories import refuse_existing
 from flexolmo_jax.store.manifest import ExpertRecord, Manifest, read
-from flexolmo_jax.store.resumable import Parts, resumable_directory
+from flexolmo_jax.store.resumable import Parts, refuse_losing, resumable_directory
 from flexolmo_jax.terminal import Progress
 
 PUBLIC_ROW: LeafPath = ("router", PUBLIC, "row")
@@ -63,13 +64,12 @@ class Import:
 
 def read_hf(directory: Path, *, names: Sequence[str] | None = None) -> HfModel:
     """Reads a model into memory. See `open_source` for what it can be, its arguments and its errors."""
-    with open_source(directory, names) as source:
-        leaves = {}
-        for path, leaf in source.leaves.items():
-            parts = [part for _, part in source.parts(path)]
-            leaves[path] = np.stack(parts) if arrays.is_stacked(path) else parts[0]
-            assert leaves[path].shape == leaf.shape
-        return HfModel(config=source.config, names=source.names, top_k=source.top_k, params=unflatten(leaves))
+    source = open_source(directory, names)
+    leaves = {}
+    for path in source.leaves:
+        parts = [part for _, part in source.parts(path)]
+        leaves[path] = np.stack(parts) if arrays.is_stacked(path) else parts[0]
+    return HfModel(config=source.config, names=source.names, top_k=source.top_k, params=unflatten(leaves))
 
 
 def import_hf(
@@ -106,32 +106,38 @@ def import_hf(
     """
     directory, out = Path(directory), Path(out)
     given = None if anchor is None else Path(anchor)
-    base = None if given is None else read(given, "anchor")
-    with open_source(directory, names) as source:
-        tokenizer = companions.tokenizer_id(directory)
-        if base is not None:
-            _check_same_shape(source, base, tokenizer)
-        plan = {
-            "import": str(directory.absolute()),
-            "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in _files(directory)},
-            "names": source.names,
-            "anchor": base and [str(given), base.arrays],
-            "record": [owner, licence],
-        }
-        record = ExpertRecord(name="", owner=owner, licence=licence)
-        size = sum(leaf.nbytes for leaf in source.leaves.values())
-        with (
-            resumable_directory(out, plan, overwrite=overwrite) as parts,
-            Progress("import-hf, MB", total=megabytes(size)) as progress,
-        ):
-            writing = _Writing(source, parts, progress, tokenizer)
-            if base is None or given is None:
-                manifest, home = writing.anchor(), parts.directory / "anchor"
-            else:
-                manifest, home = writing.proven_anchor(given, base)
-            contributions = {name: writing.contribution(manifest, record, name) for name in source.names[1:]}
-            if contributions:
-                writing.merged(manifest, home, contributions)
+    refuse_existing(out, overwrite=overwrite)
+    refuse_losing(directory, out)
+    base = None
+    if given is not None:
+        refuse_losing(given, out)
+        base = read(given, "anchor")
+        checkpoint.check_leaves(given, base)
+    source = open_source(directory, names)
+    tokenizer = companions.tokenizer_id(directory)
+    if base is not None:
+        _check_same_shape(source, base, tokenizer)
+    plan = {
+        "import": str(directory.absolute()),
+        "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in _files(directory)},
+        "names": source.names,
+        "anchor": base and [str(given), base.arrays],
+        "record": [owner, licence],
+    }
+    record = ExpertRecord(name="", owner=owner, licence=licence)
+    size = sum(leaf.nbytes for leaf in source.leaves.values())
+    with (
+        resumable_directory(out, plan, overwrite=overwrite) as parts,
+        Progress("import-hf, MB", total=megabytes(size)) as progress,
+    ):
+        writing = _Writing(source, parts, progress, tokenizer)
+        if base is None or given is None:
+            manifest, home = writing.anchor(), parts.directory / "anchor"
+        else:
+            manifest, home = writing.proven_anchor(given, base)
+        contributions = {name: writing.contribution(manifest, record, name) for name in source.names[1:]}
+        if contributions:
+            writing.merged(manifest, home, contributions)
     return Import(
         anchor=out / "anchor" if (out / "anchor").is_dir() else None,
         contributions={name: out / "contributions" / name for name in contributions},

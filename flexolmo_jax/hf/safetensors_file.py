@@ -6,6 +6,7 @@ header that gives every tensor's dtype, shape and offsets, and the tensors' byte
 Source: https://github.com/huggingface/safetensors#format
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -41,7 +42,9 @@ class Slot(NamedTuple):
 
 
 class SafetensorsFile:
-    """A file opened for reading. Its header is checked against its size, so that no read goes astray.
+    """A file whose header was read and checked against its size, so that no read goes astray.
+
+    It is opened anew for every read: a checkpoint may have more files than a process may hold open.
 
     Attributes:
       tensors: what the file holds, by name.
@@ -54,24 +57,9 @@ class SafetensorsFile:
           UserError: the file cannot be read or is not a whole, well-formed safetensors file.
         """
         self._file = file
-        try:
-            self._descriptor = os.open(file, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from error
-        try:
-            self.tensors = self._read_header()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def __enter__(self) -> "SafetensorsFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        with self._opened() as descriptor:
+            self._state = _state(descriptor)
+            self.tensors = self._read_header(descriptor)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape
@@ -91,7 +79,7 @@ class SafetensorsFile:
         """Rows `start` to `stop` of a tensor, by their byte range; all rows without `stop`.
 
         Raises:
-          UserError: the file ends early, which only happens if it is changed meanwhile.
+          UserError: the file was changed since its header was read.
         """
         slot, dtype = self.tensors[name], self.dtype(name)
         shape = slot.shape if stop is None else (stop - start, *slot.shape[1:])
@@ -99,20 +87,32 @@ class SafetensorsFile:
         part = np.empty(shape, dtype)
         view = memoryview(part.reshape(-1).view(np.uint8))
         offset = slot.begin + (start * row_bytes if stop is not None else 0)
-        while view:
-            count = os.preadv(self._descriptor, [view], offset)
-            if not count:
-                raise UserError(f"{self._file} ends within {name}: it is damaged or still being written")
-            view, offset = view[count:], offset + count
+        with self._opened() as descriptor:
+            while view and _state(descriptor) == self._state:
+                count = os.preadv(descriptor, [view], offset)
+                view, offset = view[count:], offset + count
+        if view:
+            raise UserError(f"{self._file} was changed while {name} was read from it")
         return part
 
-    def _read_header(self) -> dict[str, Slot]:
-        size = os.fstat(self._descriptor).st_size
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        try:
+            descriptor = os.open(self._file, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"cannot read {self._file}: {error.strerror}") from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _read_header(self, descriptor: int) -> dict[str, Slot]:
+        size = os.fstat(descriptor).st_size
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise self._malformed(f"its first bytes announce a header of {length:,} bytes in a file of {size:,}")
         try:
-            header = json.loads(os.pread(self._descriptor, length, 8), object_pairs_hook=_without_duplicates)
+            header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_without_duplicates)
         except (ValueError, RecursionError) as error:
             raise self._malformed(f"its header cannot be read: {error}") from error
         if not isinstance(header, dict):
@@ -178,6 +178,12 @@ def digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as source:
         sha256 = hashlib.file_digest(source, "sha256").hexdigest()
         return {"bytes": source.tell(), "sha256": sha256}
+
+
+def _state(descriptor: int) -> tuple[int, int, int]:
+    """What tells a file from another, or from itself after a change."""
+    found = os.fstat(descriptor)
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _slot(entry: Mapping[str, Any], first: int) -> tuple[Slot, int]:

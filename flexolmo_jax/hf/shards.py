@@ -23,7 +23,7 @@ MAX_JSON_BYTES = 64 * 2**20
 
 
 class Shards:
-    """Tensors by name, from whichever file holds them. Close it after use."""
+    """Tensors by name, from whichever file holds them."""
 
     def __init__(self, files: Mapping[str, SafetensorsFile]):
         self._files = dict(files)
@@ -41,16 +41,6 @@ class Shards:
     def read(self, name: str, rows: tuple[int, int] | None) -> np.ndarray:
         """Reads these rows of a tensor, or all of it."""
         return self._files[name].read(name, *(rows or (0, None)))
-
-    def close(self) -> None:
-        for file in set(self._files.values()):
-            file.close()
-
-    def __enter__(self) -> "Shards":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_shards(directory: Path) -> Shards:
@@ -115,32 +105,21 @@ def _indexed(directory: Path) -> Shards:
     if not isinstance(placed, dict):
         raise UserError(f"{index} has no weight_map")
     opened: dict[str, SafetensorsFile] = {}
-    try:
-        for name in {str(file): None for file in placed.values()}:
-            if Path(name).name != name or not (directory / name).is_file():
-                raise UserError(f"{index} names the file {name!r}, which {directory} does not hold")
-            opened[name] = SafetensorsFile(own_file(directory / name, directory))
-        for tensor, name in placed.items():
-            if tensor not in opened[str(name)].tensors:
-                raise UserError(f"{index} says that {name} holds {tensor}, but it does not")
-    except BaseException:
-        for file in opened.values():
-            file.close()
-        raise
+    for name in {str(file): None for file in placed.values()}:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise UserError(f"{index} names the file {name[:200]!r}, which {directory} does not hold")
+        opened[name] = SafetensorsFile(own_file(directory / name, directory))
+    for tensor, name in placed.items():
+        if tensor not in opened[str(name)].tensors:
+            raise UserError(f"{index} says that {name} holds {tensor[:200]}, but it does not")
     return Shards({tensor: opened[str(name)] for tensor, name in placed.items()})
 
 
 def _all_of(files: list[Path], directory: Path) -> Shards:
     found: dict[str, SafetensorsFile] = {}
-    opened: list[SafetensorsFile] = []
-    try:
-        for path in files:
-            opened.append(SafetensorsFile(own_file(path, directory)))
-            if twice := sorted(found.keys() & opened[-1].tensors.keys()):
-                raise UserError(f"{path} holds {twice[0]}, which another file of {directory} holds too")
-            found |= dict.fromkeys(opened[-1].tensors, opened[-1])
-    except BaseException:
-        for file in opened:
-            file.close()
-        raise
+    for path in files:
+        opened = SafetensorsFile(own_file(path, directory))
+        if twice := sorted(found.keys() & opened.tensors.keys()):
+            raise UserError(f"{path} holds {twice[0][:200]}, which another file of {directory} holds too")
+        found |= dict.fromkeys(opened.tensors, opened)
     return Shards(found)

@@ -1,6 +1,5 @@
 """A model of another program, opened and checked but not read: which leaf of ours comes from which tensors."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -54,7 +53,7 @@ class Source:
       names: its experts in order, `public` first.
       top_k: its experts per token.
       leaves: every leaf of our schema, by path.
-      shards: the opened files.
+      shards: the files, their headers read.
     """
 
     directory: Path
@@ -93,8 +92,7 @@ class Source:
         return part.reshape(leaf.shape if piece.layer is None else leaf.shape[1:])
 
 
-@contextlib.contextmanager
-def open_source(directory: Path, names: Sequence[str] | None = None) -> Iterator[Source]:
+def open_source(directory: Path, names: Sequence[str] | None = None) -> Source:
     """Opens an `Olmo2ForCausalLM`, a `FlexOlmoForCausalLM` or an OLMo-core checkpoint and checks all but its values.
 
     Args:
@@ -105,24 +103,23 @@ def open_source(directory: Path, names: Sequence[str] | None = None) -> Iterator
       UserError: the directory is no such model, is incomplete or damaged, or has a feature that our blocks lack.
     """
     shape, core = _read_config(directory)
-    with open_shards(directory) as shards:
-        _check_size(directory, shape, len(shards.names))
-        named = _check_expert_names(directory, names or shape.names or _default_names(shape.experts), shape.experts)
-        if core is None:
-            pieces = _hf_pieces(shape, named)
-        else:
-            pieces = olmo_core.pieces(
-                shape.config,
-                named,
-                dropless=core["block"].get("feed_forward_moe", {}).get("name", "default") == "dropless",
-                biases=f"blocks.0.{olmo_core.BIAS}" in shards.names,
-            )
-        leaves = _leaves(directory, shards, list(pieces), shape, named)
-        source = Source(
-            directory=directory, config=shape.config, names=named, top_k=shape.top_k, leaves=leaves, shards=shards
+    shards = open_shards(directory)
+    _check_size(directory, shape, len(shards.names))
+    named = _check_expert_names(directory, names or shape.names or _default_names(shape.experts), shape.experts)
+    if core is None:
+        pieces = _hf_pieces(shape, named)
+    else:
+        pieces = olmo_core.pieces(
+            shape.config,
+            named,
+            dropless=core["block"].get("feed_forward_moe", {}).get("name", "default") == "dropless",
+            biases=f"blocks.0.{olmo_core.BIAS}" in shards.names,
         )
-        config = dataclasses.replace(shape.config, bias_channel=_is_pinned(source))
-        yield dataclasses.replace(source, config=config)
+    leaves = _leaves(directory, shards, list(pieces), shape, named)
+    source = Source(
+        directory=directory, config=shape.config, names=named, top_k=shape.top_k, leaves=leaves, shards=shards
+    )
+    return dataclasses.replace(source, config=dataclasses.replace(shape.config, bias_channel=_is_pinned(source)))
 
 
 def read_hf_config(directory: Path) -> HfShape:

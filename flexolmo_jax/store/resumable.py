@@ -82,6 +82,12 @@ def resumable_directory(out: Path, plan: Mapping[str, Any], *, overwrite: bool =
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
 
 
+def refuse_losing(source: Path, out: Path) -> None:
+    """Raises UserError if writing `out` would replace what is to be read."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out} is or holds {source}, which is to be read: give another --out")
+
+
 @contextlib.contextmanager
 def _locked(directory: Path, out: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY)

@@ -94,7 +94,7 @@ def test_dtype(name, merged, config, names, random_params, tmp_path):
 
 def test_a_model_is_never_replaced_by_its_own_export(merged, tmp_path):
     for out in (merged, merged.parent):
-        with pytest.raises(UserError, match="is or holds the model"):
+        with pytest.raises(UserError, match="which is to be read"):
             export_hf(merged, out, overwrite=True)
     assert read(merged).kind == "merged"
 

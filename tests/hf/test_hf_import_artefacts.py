@@ -85,8 +85,8 @@ def _two(tensors):
 
 
 def tensors_of(directory) -> dict:
-    with open_shards(directory) as shards:
-        return {name: shards.read(name, None) for name in shards.names}
+    shards = open_shards(directory)
+    return {name: shards.read(name, None) for name in shards.names}
 
 
 def assert_same_tensors(found: dict, expected: dict) -> None:
@@ -258,6 +258,16 @@ def test_links_that_leave_the_directory_are_refused(config, tmp_path):
     with pytest.raises(UserError, match="does not hold"):
         import_hf(tmp_path / "theirs", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_what_is_read_is_never_replaced(config, tmp_path):
+    foreign(tmp_path / "theirs", config, 2, dtype=np.float32)
+    done = import_hf(tmp_path / "theirs", tmp_path / "ours")
+    for out, anchor in ((tmp_path / "theirs", None), (tmp_path, None), (tmp_path / "ours", done.anchor)):
+        with pytest.raises(UserError, match="which is to be read"):
+            import_hf(tmp_path / "theirs", out, anchor=anchor, overwrite=True)
+    assert read_hf(tmp_path / "theirs").names == ("public", "expert-1")
+    assert read(done.anchor).kind == "anchor"
 
 
 def test_a_snapshot_of_the_cache_is_read_through_its_links(config, tmp_path):
