@@ -39,15 +39,16 @@ import json, resource, sys, time
 from flexolmo_jax.hf import export_hf, import_hf
 from flexolmo_jax.store.manifest import read
 kind, source, out, shard = sys.argv[1:]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = resource.getrusage(resource.RUSAGE_SELF)
 began = time.perf_counter()
 if kind == "import":
     import_hf(source, out)
 else:
     export_hf(source + "/merged", out, max_shard_bytes=int(shard))
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "before": before * 1024, "peak": peak * 1024}))
+used = resource.getrusage(resource.RUSAGE_SELF)
+cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": used.ru_maxrss * 1024}))
 """
 
 
@@ -108,13 +109,19 @@ def make(directory: Path, config: ModelConfig, shard_bytes: int) -> int:
 
 def copied(source: Path, out: Path) -> dict[str, float]:
     began = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(out)], check=True)
-    return {"seconds": time.perf_counter() - began, "peak": 0, "before": 0}
+    process = subprocess.Popen(["cp", "-r", str(source), str(out)])
+    _, status, used = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        raise SystemExit(f"cp ended with {status}")
+    return {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "peak": used.ru_maxrss * 1024}
 
 
 def step(kind: str, source: Path, out: Path, shard_bytes: int) -> dict[str, float]:
     arguments = [sys.executable, "-c", STEP, kind, str(source), str(out), str(shard_bytes)]
-    done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
+    # As the command line sets it for itself; see flexolmo_jax/__main__.py.
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    done = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -140,9 +147,13 @@ def main() -> None:
         place = Path(scratch)
         size = make(place / "theirs", shape(arguments.gigabytes), shard_bytes)
         for repeat in range(arguments.repeats):
+            # What one step leaves for the disk to write must not slow the next one down.
+            os.sync()
             runs["cp -r"].append(copied(place / "theirs", place / "copy"))
             shutil.rmtree(place / "copy")
+            os.sync()
             runs["import-hf"].append(step("import", place / "theirs", place / "ours", shard_bytes))
+            os.sync()
             runs["export-hf"].append(step("export", place / "ours", place / "back", shard_bytes))
             if repeat == 0:
                 equal = same(place / "theirs", place / "back")
@@ -155,6 +166,7 @@ def main() -> None:
             "seconds": seconds[name],
             "times cp -r": seconds[name] / seconds["cp -r"],
             "GB/s": size / 1e9 / seconds[name],
+            "CPU seconds": statistics.median(run["cpu"] for run in runs[name]),
             "peak GiB": peaks[name] / GIB,
         }
         for name in runs

@@ -260,7 +260,9 @@ def _write_tensors(
     shards: Sequence[Sequence[str]],
 ) -> dict[str, str]:
     """Writes the shards that an interrupted run has not written yet, and the index; returns the shards' SHA-256."""
-    directory, placed, digests = parts.directory, {}, {}
+    directory = parts.directory
+    placed: dict[str, str] = {}
+    digests: dict[str, str] = {}
     total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in announced.values())
     written = 0
     with Progress("export-hf, MB", total=megabytes(total)) as progress:
@@ -316,7 +318,7 @@ def _part(leaves: Mapping[LeafPath, Any], piece: Piece) -> Any:
 
 
 def _read(leaf: Any) -> np.ndarray:
-    return leaf if isinstance(leaf, np.ndarray | np.generic) else arrays.read(leaf)
+    return np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else arrays.read(leaf)
 
 
 def _numpy_dtype(leaf: Any) -> np.dtype:
@@ -330,7 +332,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 def _write_digests(directory: Path, digests: Mapping[str, str]) -> None:
     """Writes the SHA-256 of every file in the form that `sha256sum --check` reads."""
     files = sorted(file.name for file in directory.iterdir() if file.suffix in (".json", ".safetensors", ".py", ".md"))
-    known = digests | {
+    known = {**digests} | {
         name: safetensors_file.digest(directory / name)["sha256"] for name in files if name not in digests
     }
     (directory / DIGESTS).write_text("".join(f"{known[name]}  {name}\n" for name in sorted(known)), encoding="utf-8")

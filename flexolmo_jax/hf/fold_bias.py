@@ -175,13 +175,15 @@ def _batches(
 
 
 def _moments(model: LanguageModel, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Moments:
-    second, first, count = 0.0, 0.0, 0
+    layers, width = model.config.layers, model.config.width
+    second, first, count = np.zeros((layers, width, width)), np.zeros((layers, width)), 0
     public = model.permitted([PUBLIC], BATCH)
     for ids, lengths in batches:
         a, b = _sums(model.build, model.params, jnp.asarray(ids), _mask(lengths), public)
-        second, first = second + np.asarray(a, np.float64), first + np.asarray(b, np.float64)
+        second += np.asarray(a, np.float64)
+        first += np.asarray(b, np.float64)
         count += int(np.sum(lengths[lengths > 1]))
-    return Moments(np.asarray(second / count), np.asarray(first / count))
+    return Moments(second / count, first / count)
 
 
 def _mask(lengths: np.ndarray) -> jax.Array:

@@ -92,7 +92,9 @@ def handle_biases(
 
 def _fold_into_channel(leaves: dict[LeafPath, Any], biases: Mapping[str, np.ndarray], directory: Path) -> None:
     # A bias folded into a channel that is not exactly 1 would silently export another model.
-    channel = {path: arrays.read(leaf[..., :1]) for path, leaf in leaves.items() if path in bias_channel.PINNED}
+    channel: dict[LeafPath, Any] = {
+        path: arrays.read(leaf[..., :1]) for path, leaf in leaves.items() if path in bias_channel.PINNED
+    }
     if not bias_channel.is_pinned(unflatten(channel)):
         raise UserError(f"{directory} says that it reserves a bias channel, but channel 0 of its anchor is in use")
     for name, bias in biases.items():

@@ -85,7 +85,7 @@ class SafetensorsFile:
         shape = slot.shape if stop is None else (stop - start, *slot.shape[1:])
         row_bytes = dtype.itemsize * math.prod(slot.shape[1:])
         part = np.empty(shape, dtype)
-        view = memoryview(part.reshape(-1).view(np.uint8))
+        view = part.reshape(-1).view(np.uint8).data
         offset = slot.begin + (start * row_bytes if stop is not None else 0)
         with self._opened() as descriptor:
             while view and _state(descriptor) == self._state:

@@ -123,7 +123,8 @@ def read(leaf: tensorstore.TensorStore) -> np.ndarray:
     try:
         return np.asarray(leaf.read().result())
     except (ValueError, OSError) as error:
-        raise UserError(f"{leaf.kvstore.path} cannot be read, a part of it is missing or damaged") from error
+        where = leaf.kvstore.path if leaf.kvstore is not None else "an array"
+        raise UserError(f"{where} cannot be read, a part of it is missing or damaged") from error
 
 
 def leaf_directory(directory: Path, path: LeafPath) -> Path:

@@ -37,12 +37,12 @@ class LeafWriter:
         self._stacked = arrays.is_stacked(path)
         self._hash = hashlib.sha256()
         self._pending: list[Any] = []
-        where = arrays.leaf_directory(directory, path)
-        shutil.rmtree(where, ignore_errors=True)
+        self._where = arrays.leaf_directory(directory, path)
+        shutil.rmtree(self._where, ignore_errors=True)
         chunk = _chunk(shape, dtype.itemsize, stacked=self._stacked)
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{where.absolute()}/"},
+            "kvstore": {"driver": "file", "path": f"{self._where.absolute()}/"},
             "metadata": {
                 "shape": shape,
                 "data_type": dtype.name,
@@ -55,7 +55,7 @@ class LeafWriter:
         try:
             self._leaf = tensorstore.open(spec, create=True, context=_UNSYNCED).result()
         except (ValueError, OSError) as error:
-            raise UserError(f"cannot write {where}: {str(error).splitlines()[0][:200]}") from error
+            raise UserError(f"cannot write {self._where}: {str(error).splitlines()[0][:200]}") from error
 
     def append(self, part: np.ndarray) -> None:
         """Writes the next layer, or a leaf that is not stacked as a whole. `part` must not change afterwards."""
@@ -76,7 +76,7 @@ class LeafWriter:
         try:
             self._pending[index].result()
         except (ValueError, OSError) as error:
-            raise UserError(f"cannot write {self._leaf.kvstore.path}: {str(error).splitlines()[0][:200]}") from error
+            raise UserError(f"cannot write {self._where}: {str(error).splitlines()[0][:200]}") from error
         self._pending[index] = None
 
 
