@@ -28,6 +28,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["flexolmo_jax", "flexolmo_jax.*"]),
+    package_data={"flexolmo_jax.hf": ["*.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2",
@@ -42,6 +43,7 @@ setup(
         "seqio>=0.0.20,<0.1",
         "gin-config>=0.5,<0.6",
         "numpy>=2,<3",
+        "ml-dtypes>=0.5,<1",
         "jaxtyping>=0.3.11,<0.4",
         "safetensors>=0.8,<0.9",
         "tokenizers>=0.23.1,<0.24",

@@ -6,6 +6,7 @@ model = fo.load("runs/demo/merged")
 logits = model(ids, experts=["public", "math"], top_k=2)
 fo.merge(anchor, contributions, out)
 fo.export_hf(checkpoint, out)
+fo.import_hf(directory, out)
 """
 
 import importlib
@@ -18,6 +19,7 @@ _HOMES = {
     "ModelConfig": "flexolmo_jax.model",
     "UserError": "flexolmo_jax.errors",
     "export_hf": "flexolmo_jax.hf",
+    "import_hf": "flexolmo_jax.hf",
     "load": "flexolmo_jax.infer",
     "merge": "flexolmo_jax.merge",
 }

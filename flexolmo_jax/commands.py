@@ -149,14 +149,49 @@ def export_hf(
     out: Path,
     experts: Sequence[str] | None = None,
     top_k: int | None = None,
+    dtype: str | None = None,
+    fold_bias: Path | None = None,
     drop_bias: bool = False,
+    custom_code: bool = False,
+    max_shard_bytes: int | None = None,
+    tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """See `flexolmo_jax.hf.export_hf`."""
     from flexolmo_jax.hf import export_hf as export
 
-    written = export(checkpoint, out, experts=experts, top_k=top_k, drop_bias=drop_bias, overwrite=overwrite)
+    written = export(
+        checkpoint,
+        out,
+        experts=experts,
+        top_k=top_k,
+        dtype=dtype,
+        fold_bias=fold_bias,
+        drop_bias=drop_bias,
+        custom_code=custom_code,
+        **({} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}),
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+    )
     return {"exported": out, **dataclasses.asdict(written)}
+
+
+def import_hf(
+    *,
+    directory: Path,
+    out: Path,
+    names: Sequence[str] | None = None,
+    anchor: Path | None = None,
+    owner: str = "",
+    licence: str = "",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """See `flexolmo_jax.hf.import_hf`."""
+    from flexolmo_jax.hf import import_hf as read_into
+
+    written = read_into(directory, out, names=names, anchor=anchor, owner=owner, licence=licence, overwrite=overwrite)
+    facts = {name: value for name, value in dataclasses.asdict(written).items() if value is not None}
+    return {"imported": directory, **facts, "experts": tuple(written.contributions)}
 
 
 def verify_hf(*, hf_directory: Path, against: Path) -> dict[str, Any]:

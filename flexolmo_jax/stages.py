@@ -6,6 +6,7 @@ Importing this module imports none of the functions, so that `flexolmo --help` a
 import argparse
 import dataclasses
 import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,15 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def number_of_bytes(text: str) -> int:
-    """The bytes in a text such as `512MiB` or `1048576`."""
-    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
-    try:
-        return int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
-    except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 512MiB") from error
+def size(text: str) -> int:
+    """The bytes in a text such as `500MB` or `2GiB`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _required(**settings: Any) -> dict[str, Any]:
@@ -150,7 +150,7 @@ STAGES: dict[str, Stage] = {
                 "--memory-budget",
                 "memory for arrays, such as 512MiB (default: 1GiB)",
                 "memory_budget",
-                {"type": number_of_bytes},
+                {"type": size},
             ),
             Flag("--writers", "threads that write (default: one per processor)", "writers", {"type": int}),
             Flag(
@@ -240,12 +240,47 @@ STAGES: dict[str, Stage] = {
             REQUIRED_OUT,
             dataclasses.replace(EXPERTS, help="names of the experts to export, such as public,math (default: all)"),
             TOP_K,
+            Flag("--dtype", "float32 or bfloat16 (default: as the model is)", "dtype", {"type": str}),
             Flag(
-                "--drop-bias",
-                "leave out a router bias that the Hugging Face model cannot hold, instead of stopping",
-                "drop_bias",
+                "--fold-bias",
+                "public text to fold a router bias on that the Hugging Face model cannot hold, approximately",
+                "fold_bias",
+                {"type": Path, "metavar": "PUBLIC_TEXT"},
+            ),
+            Flag("--drop-bias", "leave such a bias out", "drop_bias", {"action": "store_true"}),
+            Flag(
+                "--custom-code",
+                "bring a model class that has the bias; it loads with trust_remote_code alone",
+                "custom_code",
                 {"action": "store_true"},
             ),
+            Flag(
+                "--max-shard-size",
+                "largest safetensors file, such as 500MB (default: 2GiB)",
+                "max_shard_bytes",
+                {"type": size, "metavar": "SIZE"},
+            ),
+            Flag(
+                "--tokenizer",
+                "directory that holds the model's tokenizer, if the model does not carry it",
+                "tokenizer",
+                {"type": Path, "metavar": "DIR"},
+            ),
+            OVERWRITE,
+        ),
+    ),
+    "import-hf": Stage(
+        summary="read a local OLMo 2 or FlexOlmo model into an anchor and contributions",
+        function="flexolmo_jax.commands:import_hf",
+        flags=(
+            Flag(
+                "HF_DIR", "Hugging Face directory, or OLMo-core checkpoint in safetensors", "directory", {"type": Path}
+            ),
+            REQUIRED_OUT,
+            Flag("--names", "names for its experts in order, such as public,math", "names", {"type": names}),
+            Flag("--anchor", "anchor of ours that its shared half must equal", "anchor", {"type": Path}),
+            Flag("--owner", "who trained the experts", "owner", {"type": str}),
+            Flag("--licence", "under which the experts are given", "licence", {"type": str}),
             OVERWRITE,
         ),
     ),

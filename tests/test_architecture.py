@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "train": {"moe", "model", "parallel", "data", "store", "terminal"},
     "merge": {"store", "model"},
     "infer": {"model", "store", "parallel", "data"},
-    "hf": {"store", "model", "infer", "data"},
+    "hf": {"store", "model", "infer", "data", "terminal"},
     "evaluate": {"infer", "data", "terminal"},
     "plan": {"model", "parallel", "data", "store", "train", "infer", "terminal"},
     # the doors

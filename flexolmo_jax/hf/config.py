@@ -9,13 +9,17 @@ from flexolmo_jax.model import ModelConfig
 
 DENSE = "Olmo2ForCausalLM"
 MIXTURE = "FlexOlmoForCausalLM"
-MODEL_TYPES = {DENSE: "olmo2", MIXTURE: "flex_olmo"}
+MIXTURE_WITH_BIAS = "FlexOlmoBiasForCausalLM"
+"""The class in `modeling_flex_olmo_bias.txt`, which an export with custom code brings along."""
+
+MODEL_TYPES = {DENSE: "olmo2", MIXTURE: "flex_olmo", MIXTURE_WITH_BIAS: "flex_olmo_bias"}
 
 EXPERT_NAMES = "expert_names"
 """Our own key in `config.json`: the experts' names in order. Transformers keeps it and makes no use of it."""
 
 MAX_POSITIONS = 4096
-"""Written as `max_position_embeddings`. Rotary positions need no table, so it is advice to serving programs alone."""
+"""`max_position_embeddings` of a model that was trained here. Rotary positions need no table, so it is advice to
+serving programs alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class HfShape:
     """What a `config.json` says about a model.
 
     Attributes:
-      architecture: `DENSE` or `MIXTURE`.
+      architecture: `DENSE`, `MIXTURE` or `MIXTURE_WITH_BIAS`.
       config: shape of the model; it never claims a bias channel.
       experts: number of experts.
       names: their names in order, if the file has them.
@@ -39,9 +43,27 @@ class HfShape:
     tied: bool
 
 
-def to_hf(config: ModelConfig, names: Sequence[str], top_k: int, *, dtype: str, eos: int, pad: int) -> dict[str, Any]:
-    """The contents of `config.json`: a dense model if there is one expert, else a mixture."""
-    architecture = DENSE if len(names) == 1 else MIXTURE
+def to_hf(
+    config: ModelConfig,
+    names: Sequence[str],
+    top_k: int,
+    *,
+    architecture: str,
+    dtype: str,
+    tied: bool,
+    text_side: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The contents of `config.json`.
+
+    Args:
+      config: shape of the model.
+      names: names of its experts, in order.
+      top_k: experts per token.
+      architecture: the class that shall load it; see `HfShape`.
+      dtype: what to load it in.
+      tied: whether the head is the embedding.
+      text_side: `max_position_embeddings` and the ids of special tokens.
+    """
     content = {
         "architectures": [architecture],
         "model_type": MODEL_TYPES[architecture],
@@ -56,18 +78,15 @@ def to_hf(config: ModelConfig, names: Sequence[str], top_k: int, *, dtype: str, 
         # Transformers 5 reads the first of these two, its predecessor and vLLM's older releases the second.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "rope_theta": config.rope_theta,
-        "max_position_embeddings": MAX_POSITIONS,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": tied,
         "use_cache": True,
-        "bos_token_id": None,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
         "dtype": dtype,
         EXPERT_NAMES: list(names),
+        **text_side,
     }
-    if architecture == MIXTURE:
+    if architecture != DENSE:
         content |= {
             "num_experts": len(names),
             "num_experts_per_tok": top_k,
@@ -86,7 +105,8 @@ def from_hf(content: Mapping[str, Any], source: str) -> HfShape:
     Raises:
       UserError: a field is missing or malformed, or asks for something that this package's blocks do not do.
     """
-    architecture = (content.get("architectures") or ["nothing"])[0]
+    listed = content.get("architectures")
+    architecture = str(listed[0]) if isinstance(listed, list) and listed else "nothing"
     if architecture not in MODEL_TYPES:
         raise UserError(f"{source} describes {architecture}, but only {DENSE} and {MIXTURE} can be read")
     _refuse_variants(content, source)
@@ -104,7 +124,7 @@ def from_hf(content: Mapping[str, Any], source: str) -> HfShape:
             normalize_top_k=bool(content.get("norm_topk_prob", False)),
         )
         experts, top_k = 1, 1
-        if architecture == MIXTURE:
+        if architecture != DENSE:
             experts, top_k = int(content["num_experts"]), int(content["num_experts_per_tok"])
     except KeyError as error:
         raise UserError(f"{source} has no field {error}") from error
@@ -114,7 +134,8 @@ def from_hf(content: Mapping[str, Any], source: str) -> HfShape:
         raise UserError(f"{source} sends each token to {top_k} of {experts} experts")
     if content.get("head_dim") not in (None, config.head_width):
         raise UserError(f"{source} has head_dim {content['head_dim']}, but hidden_size / heads is {config.head_width}")
-    if (names := content.get(EXPERT_NAMES)) is not None and len(set(map(str, names))) != experts:
+    names = content.get(EXPERT_NAMES)
+    if names is not None and (not isinstance(names, list) or len(set(map(str, names))) != experts):
         raise UserError(f"{source} has {experts} experts, which {EXPERT_NAMES} {names} does not name one by one")
     return HfShape(
         architecture=architecture,
@@ -133,6 +154,8 @@ def _rope(content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _refuse_variants(content: Mapping[str, Any], source: str) -> None:
     rope = _rope(content)
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{source} holds rotary parameters that are not an object, but {rope!r}")
     found = {
         "hidden_act": (content.get("hidden_act", "silu"), "silu"),
         "attention_bias": (bool(content.get("attention_bias", False)), False),

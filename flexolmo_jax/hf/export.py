@@ -1,34 +1,46 @@
 """Writing a model as a Hugging Face directory that transformers and vLLM load with their own classes.
 
-Nothing here imports torch or transformers. Tensors stream from the checkpoint shard by shard, so that host memory holds
-one shard at a time.
+Nothing here imports torch or transformers. Tensors stream from the checkpoint into the shards one by one, so that host
+memory holds a few tensors at a time. A killed export goes on after its last whole shard.
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from flexolmo_jax.data.vocabulary import EOS_ID, PAD_ID
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.hf.config import to_hf
-from flexolmo_jax.hf.names import Piece, dense_pieces, mixture_pieces
-from flexolmo_jax.hf.tokenizer import write_tokenizer
-from flexolmo_jax.model import bias_channel
-from flexolmo_jax.model.partition import LeafPath, belongs_to_router, unflatten
+from flexolmo_jax.hf import companions, safetensors_file
+from flexolmo_jax.hf.card import model_card
+from flexolmo_jax.hf.config import DENSE, MIXTURE, MIXTURE_WITH_BIAS, to_hf
+from flexolmo_jax.hf.fold_bias import BiasFold
+from flexolmo_jax.hf.matrices import cast, transposed
+from flexolmo_jax.hf.names import HEAD, Piece, dense_pieces, mixture_pieces
+from flexolmo_jax.hf.router_bias import Handled, handle_biases
+from flexolmo_jax.hf.shards import INDEX, SINGLE_FILE
+from flexolmo_jax.model.partition import LeafPath
 from flexolmo_jax.store import arrays, checkpoint
-from flexolmo_jax.store.directories import complete_directory, refuse_existing
+from flexolmo_jax.store.directories import refuse_existing
 from flexolmo_jax.store.manifest import Manifest, read
+from flexolmo_jax.store.resumable import Parts, refuse_losing, resumable_directory
+from flexolmo_jax.terminal import Progress
 
 MAX_SHARD_BYTES = 2 * 2**30
 """Largest safetensors file, unless a single tensor is larger."""
+
+MODELING = "modeling_flex_olmo_bias"
+DIGESTS = "SHA256SUMS"
+
+Tensors = Mapping[str, Sequence[Piece]]
+Announced = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,83 +51,144 @@ class Export:
       architecture: the transformers class that loads it.
       experts: its experts, in order.
       top_k: its experts per token.
+      dtype: what most of its tensors are in.
       shards: number of safetensors files.
       tensor_bytes: size of all tensors.
-      dropped_bias: largest size of a router bias that was left out; 0 if the export is exact.
+      dropped_bias: largest size of a router bias that was left out; 0 if none was.
+      folded: what folding biases by regression left and did; None if the export is exact or biases were left out.
     """
 
     architecture: str
     experts: tuple[str, ...]
     top_k: int
+    dtype: str
     shards: int
     tensor_bytes: int
     dropped_bias: float
+    folded: BiasFold | None
 
 
 def export_hf(
-    checkpoint_directory: Path,
-    out: Path,
+    checkpoint_directory: str | Path,
+    out: str | Path,
     *,
     experts: Sequence[str] | None = None,
     top_k: int | None = None,
+    dtype: str | None = None,
+    fold_bias: str | Path | None = None,
     drop_bias: bool = False,
+    custom_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer: str | Path | None = None,
     overwrite: bool = False,
 ) -> Export:
     """Writes an anchor or merged model as a Hugging Face directory.
 
     A model of one expert is dense and becomes an `Olmo2ForCausalLM`, any other a `FlexOlmoForCausalLM`. Hugging Face's
-    router has no bias: ours is folded into the rows, exactly, through the bias channel of the anchor.
+    router has no bias: ours is folded into the rows, exactly, through the bias channel of the anchor. For an anchor
+    without that channel, one of `fold_bias`, `drop_bias` and `custom_code` says what to do.
 
     Args:
       checkpoint_directory: directory of the model.
       out: directory to write; it appears complete or not at all.
       experts: names of the experts to include; None includes all. The order is always that of the model.
       top_k: experts per token; None takes the model's own, as far as so many experts are included.
-      drop_bias: where the anchor has no bias channel, leave the router bias out instead of stopping.
+      dtype: "float32" or "bfloat16" for all tensors; None keeps what the model has.
+      fold_bias: a corpus of public text to fold the biases on, approximately; see `fold_bias.py`.
+      drop_bias: leave the biases out.
+      custom_code: write a model class that has biases beside the weights. It loads with `trust_remote_code` alone.
       max_shard_bytes: largest safetensors file; a single larger tensor gets a file of its own.
+      tokenizer: a directory that holds the model's tokenizer, if the model does not carry it.
       overwrite: whether an existing `out` is replaced.
 
     Raises:
       UserError: the model cannot be read, an expert is unknown, `top_k` does not fit, a bias would be lost, or `out`
         exists or cannot be written.
     """
+    source, out = Path(checkpoint_directory), Path(out)
     refuse_existing(out, overwrite=overwrite)
-    manifest = read(checkpoint_directory, "anchor", "merged")
-    checkpoint.check_leaves(checkpoint_directory, manifest)
-    if manifest.tokenizer != "bytes":
-        raise UserError(
-            f"{checkpoint_directory} has the tokenizer {manifest.tokenizer!r}, but only 'bytes' can be exported"
-        )
-    names = _chosen(manifest, experts, checkpoint_directory)
+    refuse_losing(source, out)
+    target = _dtype_named(dtype)
+    if max_shard_bytes < 1:
+        raise UserError(f"a shard must hold at least one byte, not {max_shard_bytes}")
+    manifest = read(source, "anchor", "merged")
+    checkpoint.check_leaves(source, manifest)
+    names = _chosen(manifest, experts, source)
     top_k = _check_top_k(manifest, names, top_k)
-    leaves: dict[LeafPath, Any] = dict(arrays.open_leaves(checkpoint_directory / checkpoint.ARRAYS))
-    dropped = 0.0
+    found = companions.find(source, manifest.tokenizer, None if tokenizer is None else Path(tokenizer))
+    leaves: dict[LeafPath, Any] = dict(arrays.open_leaves(source / checkpoint.ARRAYS))
+    handled = Handled()
     if len(names) == 1:
-        pieces = dense_pieces(manifest.model.layers, names[0])
+        architecture, pieces = DENSE, dense_pieces(manifest.model.layers, names[0])
     else:
-        pieces = mixture_pieces(manifest.model.layers, names)
-        dropped = _replace_rows(leaves, manifest, names, checkpoint_directory, drop_bias)
+        handled = handle_biases(
+            leaves,
+            manifest,
+            names,
+            source,
+            fold=None if fold_bias is None else Path(fold_bias),
+            drop=drop_bias,
+            custom_code=custom_code,
+            top_k=top_k,
+            encode=lambda text: companions.encoder(found, manifest.tokenizer)(text),
+        )
+        architecture = MIXTURE_WITH_BIAS if handled.kept else MIXTURE
+        pieces = mixture_pieces(manifest.model.layers, names, biases=handled.kept)
     tensors = {name: list(group) for name, group in itertools.groupby(pieces, lambda piece: piece.tensor)}
-    sizes = {name: _bytes(leaves, group) for name, group in tensors.items()}
+    if tied := _is_tied(leaves):
+        del tensors[HEAD]
+    announced = {name: _announce(leaves, group, target) for name, group in tensors.items()}
+    sizes = {name: kind.itemsize * math.prod(shape) for name, (kind, shape) in announced.items()}
     shards = _shards(sizes, max_shard_bytes)
-    content = to_hf(manifest.model, names, top_k, dtype=_dtype(leaves, tensors), eos=EOS_ID, pad=PAD_ID)
-    with complete_directory(out, overwrite=overwrite) as partial:
-        _write_json(partial / "config.json", content)
-        _write_json(partial / "generation_config.json", {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID})
-        write_tokenizer(partial)
-        try:
-            _write_tensors(partial, leaves, tensors, shards, sum(sizes.values()))
-        except SafetensorError as error:
-            raise UserError(f"cannot write {out}: {error}") from error
+    fields = companions.text_side(found, manifest.tokenizer)
+    model_dtype = dtype or _widest(announced)
+    content = to_hf(
+        manifest.model, names, top_k, architecture=architecture, dtype=model_dtype, tied=tied, text_side=fields
+    )
+    if handled.kept:
+        content["auto_map"] = {
+            "AutoConfig": f"{MODELING}.FlexOlmoBiasConfig",
+            "AutoModelForCausalLM": f"{MODELING}.{MIXTURE_WITH_BIAS}",
+        }
+    plan = {
+        "export": str(source.absolute()),
+        "arrays": arrays.fingerprint(manifest.arrays),
+        "config": content,
+        "shards": shards,
+        "handled": dataclasses.asdict(handled),
+    }
+    with resumable_directory(out, plan, overwrite=overwrite) as parts:
+        directory = parts.directory
+        digests = _write_tensors(parts, leaves, tensors, announced, shards)
+        _write_json(directory / "config.json", content)
+        companions.write(directory, found, manifest.tokenizer, fields)
+        if handled.kept:
+            (directory / f"{MODELING}.py").write_text(modeling_code(), encoding="utf-8")
+        card = model_card(manifest, names, top_k, architecture=architecture, dtype=model_dtype, handled=handled)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        _write_digests(directory, digests)
     return Export(
-        architecture=content["architectures"][0],
+        architecture=architecture,
         experts=names,
         top_k=top_k,
+        dtype=model_dtype,
         shards=len(shards),
         tensor_bytes=sum(sizes.values()),
-        dropped_bias=dropped,
+        dropped_bias=handled.dropped,
+        folded=handled.folded,
     )
+
+
+def modeling_code() -> str:
+    """The model class with router biases that an export with custom code brings along."""
+    return resources.files("flexolmo_jax.hf").joinpath(f"{MODELING}.txt").read_text(encoding="utf-8")
+
+
+def _dtype_named(name: str | None) -> np.dtype | None:
+    known = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(jnp.bfloat16)}
+    if name is not None and name not in known:
+        raise UserError(f"dtype is {name!r}, but must be one of {', '.join(known)}")
+    return None if name is None else known[name]
 
 
 def _chosen(manifest: Manifest, experts: Sequence[str] | None, directory: Path) -> tuple[str, ...]:
@@ -135,41 +208,35 @@ def _check_top_k(manifest: Manifest, names: Sequence[str], top_k: int | None) ->
     return top_k
 
 
-def _replace_rows(
-    leaves: dict[LeafPath, Any], manifest: Manifest, names: Sequence[str], directory: Path, drop_bias: bool
-) -> float:
-    """Puts rows that need no bias in place of the rows on disk; returns the largest bias that no row could take up."""
-    biases = {name: _read(leaves["router", name, "bias"]) for name in names if ("router", name, "bias") in leaves}
-    largest, owner = max(((-float(min(bias.min(), 0.0)), name) for name, bias in biases.items()), default=(0.0, ""))
-    if largest == 0.0:
-        return 0.0
-    if not manifest.model.bias_channel:
-        if not drop_bias:
-            raise UserError(
-                f"{directory} has a router bias of size up to {largest:.4g} (expert {owner!r}), which Hugging Face's "
-                "router lacks and this anchor has no bias channel to fold into: give --drop-bias to leave it out"
-            )
-        return largest
-    # A bias folded into a channel that is not exactly 1 would silently export another model.
-    channel: dict[LeafPath, Any] = {
-        path: _read(leaf[..., :1]) for path, leaf in leaves.items() if path in bias_channel.PINNED
-    }
-    if not bias_channel.is_pinned(unflatten(channel)):
-        raise UserError(f"{directory} says that it reserves a bias channel, but channel 0 of its anchor is in use")
-    for name, bias in biases.items():
-        row = jnp.asarray(_read(leaves["router", name, "row"]))
-        leaves["router", name, "row"] = np.asarray(bias_channel.fold(row, jnp.asarray(bias)))
-    return 0.0
+def _is_tied(leaves: Mapping[LeafPath, Any]) -> bool:
+    """Whether the head is the embedding, value by value; a few values tell it of almost every model that is not."""
+    embed, head = leaves["anchor", "embed"], leaves["anchor", "head"]
+    if embed.dtype != head.dtype or _read(embed[0]).tobytes() != _read(head[:, 0]).tobytes():
+        return False
+    return np.array_equal(_bits(transposed(_read(head))), _bits(_read(embed)))
 
 
-def _dtype(leaves: Mapping[LeafPath, Any], tensors: Mapping[str, Sequence[Piece]]) -> str:
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def _announce(
+    leaves: Mapping[LeafPath, Any], group: Sequence[Piece], target: np.dtype | None
+) -> tuple[np.dtype, tuple[int, ...]]:
+    """Dtype and shape of a tensor."""
+    parts = [_part(leaves, piece) for piece in group]
+    shape = tuple(parts[0].shape)
+    if group[0].rows is not None:
+        shape = (len(parts), *shape)
+    elif group[0].transposed:
+        shape = shape[::-1]
+    # Rows of several owners lie in one tensor; the widest dtype holds them all exactly.
+    return target or np.dtype(jnp.result_type(*(_numpy_dtype(part) for part in parts))), shape
+
+
+def _widest(announced: Announced) -> str:
     """The dtype to load the model in: the widest of its matrices, whatever the few router rows are kept in."""
-    used = {group[0].path for group in tensors.values()}
-    return jnp.result_type(*(_numpy_dtype(leaves[path]) for path in used if not belongs_to_router(path))).name
-
-
-def _bytes(leaves: Mapping[LeafPath, Any], group: Sequence[Piece]) -> int:
-    return sum(int(np.prod(part.shape)) * _numpy_dtype(part).itemsize for part in (_part(leaves, p) for p in group))
+    return jnp.result_type(*(dtype for name, (dtype, _) in announced.items() if ".mlp.gate." not in name)).name
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -186,31 +253,62 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def _write_tensors(
-    directory: Path,
+    parts: Parts,
     leaves: Mapping[LeafPath, Any],
-    tensors: Mapping[str, Sequence[Piece]],
+    tensors: Tensors,
+    announced: Announced,
     shards: Sequence[Sequence[str]],
-    total: int,
-) -> None:
-    files: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Transformers refuses files that do not say which framework's layout they follow.
-        save_file({name: _tensor(leaves, tensors[name]) for name in shard}, directory / file, metadata={"format": "pt"})
-        files |= dict.fromkeys(shard, file)
+) -> dict[str, str]:
+    """Writes the shards that an interrupted run has not written yet, and the index; returns the shards' SHA-256."""
+    directory = parts.directory
+    placed: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in announced.values())
+    written = 0
+    with Progress("export-hf, MB", total=megabytes(total)) as progress:
+        for number, shard in enumerate(shards, start=1):
+            name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            placed |= dict.fromkeys(shard, name)
+            noted = parts.earlier(name)
+            if noted is None or not _is_written(directory / name, noted):
+                described = {tensor: announced[tensor] for tensor in shard}
+                contents = _contents(leaves, {tensor: tensors[tensor] for tensor in shard}, announced)
+                noted = safetensors_file.write(directory / name, described, contents)
+                parts.finish(name, noted)
+            digests[name] = noted["sha256"]
+            written += noted["bytes"]
+            progress.update(megabytes(min(written, total)))
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        _write_json(directory / "model.safetensors.index.json", index)
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
+    return digests
 
 
-def _tensor(leaves: Mapping[LeafPath, Any], group: Sequence[Piece]) -> np.ndarray:
-    parts = [_read(_part(leaves, piece)) for piece in group]
-    # safetensors writes the buffer as it lies, so a transposed view must be copied.
-    return (
-        np.stack(parts)
-        if group[0].row is not None
-        else np.ascontiguousarray(parts[0].T if group[0].transposed else parts[0])
-    )
+def megabytes(count: int) -> int:
+    """Bytes as whole megabytes, rounded up."""
+    return -(-count // 10**6)
+
+
+def _is_written(file: Path, noted: Mapping[str, Any]) -> bool:
+    return file.is_file() and safetensors_file.digest(file) == noted
+
+
+def _contents(leaves: Mapping[LeafPath, Any], tensors: Tensors, announced: Announced) -> Iterator[np.ndarray]:
+    """The tensors in order, the next one being read while the caller writes one."""
+    groups = [(group, announced[name][0]) for name, group in tensors.items()]
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(_tensor, leaves, *groups[0])
+        for following in (*groups[1:], None):
+            tensor = pending.result()
+            if following is not None:
+                pending = reader.submit(_tensor, leaves, *following)
+            yield tensor
+
+
+def _tensor(leaves: Mapping[LeafPath, Any], group: Sequence[Piece], dtype: np.dtype) -> np.ndarray:
+    parts = [cast(_read(_part(leaves, piece)), dtype) for piece in group]
+    if group[0].rows is not None:
+        return np.stack(parts)
+    return transposed(parts[0]) if group[0].transposed else parts[0]
 
 
 def _part(leaves: Mapping[LeafPath, Any], piece: Piece) -> Any:
@@ -220,18 +318,21 @@ def _part(leaves: Mapping[LeafPath, Any], piece: Piece) -> Any:
 
 
 def _read(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, np.ndarray):
-        return leaf
-    try:
-        return leaf.read().result()
-    except (ValueError, OSError) as error:
-        where = leaf.kvstore.path
-        raise UserError(f"{where} cannot be read, a part of it is missing or damaged") from error
+    return np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else arrays.read(leaf)
 
 
 def _numpy_dtype(leaf: Any) -> np.dtype:
-    return leaf.dtype if isinstance(leaf, np.ndarray) else leaf.dtype.numpy_dtype
+    return leaf.dtype if isinstance(leaf, np.ndarray | np.generic) else leaf.dtype.numpy_dtype
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_digests(directory: Path, digests: Mapping[str, str]) -> None:
+    """Writes the SHA-256 of every file in the form that `sha256sum --check` reads."""
+    files = sorted(file.name for file in directory.iterdir() if file.suffix in (".json", ".safetensors", ".py", ".md"))
+    known = {**digests} | {
+        name: safetensors_file.digest(directory / name)["sha256"] for name in files if name not in digests
+    }
+    (directory / DIGESTS).write_text("".join(f"{known[name]}  {name}\n" for name in sorted(known)), encoding="utf-8")

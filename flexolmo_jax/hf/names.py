@@ -2,7 +2,8 @@
 
 Our leaves are stacked over layers and hold matrices as [in, out]; Hugging Face has one tensor per layer and matrix, as
 [out, in], and the router's rows of all experts as one tensor [E, D]. A `Piece` says which part of which tensor is which
-part of which leaf, so that export and import walk the same list in opposite directions.
+part of which leaf, so that export and import walk the same list in opposite directions. OLMo-core's names, which are
+only read, are in `olmo_core.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,16 +20,16 @@ class Piece(NamedTuple):
 
     Attributes:
       tensor: name of the tensor in a safetensors file.
-      row: index along the tensor's first axis, or None for the whole tensor.
       path: the leaf in our schema.
       layer: index along the leaf's first axis, or None for the whole leaf.
+      rows: first and last but one index along the tensor's first axis, or None for the whole tensor.
       transposed: whether the two sides hold the same matrix transposed.
     """
 
     tensor: str
     path: LeafPath
     layer: int | None = None
-    row: int | None = None
+    rows: tuple[int, int] | None = None
     transposed: bool = False
 
 
@@ -57,17 +58,20 @@ def dense_pieces(layers: int, expert: str) -> Iterator[Piece]:
     yield from _top()
 
 
-def mixture_pieces(layers: int, experts: Sequence[str]) -> Iterator[Piece]:
+def mixture_pieces(layers: int, experts: Sequence[str], *, biases: bool = False) -> Iterator[Piece]:
     """Every tensor of a `FlexOlmoForCausalLM` with these experts, in this order.
 
-    The rows of one router tensor follow each other. Router biases have no tensor.
+    The rows of one router tensor follow each other. Router biases have a tensor only in the model class that an export
+    with custom code brings along, and a place for the public expert's too.
     """
     yield Piece(EMBED, ("anchor", "embed"))
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         yield from _attention(prefix, layer)
         for row, name in enumerate(experts):
-            yield Piece(f"{prefix}mlp.gate.weight", ("router", name, "row"), layer, row=row)
+            yield Piece(f"{prefix}mlp.gate.weight", ("router", name, "row"), layer, rows=(row, row + 1))
+        for row, name in enumerate(experts if biases else ()):
+            yield Piece(f"{prefix}mlp.gate.bias", ("router", name, "bias"), layer, rows=(row, row + 1))
         for row, name in enumerate(experts):
             yield from _feed_forward(f"{prefix}mlp.experts.{row}.", name, layer)
     yield from _top()

@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.hf.importing import read_hf_config
+from flexolmo_jax.hf.config import MIXTURE_WITH_BIAS
+from flexolmo_jax.hf.export import MODELING, modeling_code
+from flexolmo_jax.hf.source import read_hf_config
 from flexolmo_jax.infer import load
 
 
@@ -91,7 +93,11 @@ def load_transformers(directory: Path) -> Any:
         ) from error
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=_brings_our_code(directory),
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"transformers cannot load {directory}: {str(error).splitlines()[0]}") from error
@@ -102,6 +108,20 @@ def load_transformers(directory: Path) -> Any:
                 f"transformers finds {kind.replace('_', ' ')} in {directory}: {sorted(map(str, info[kind]))[0]}"
             )
     return model.eval()
+
+
+def _brings_our_code(directory: Path) -> bool:
+    """Whether the model needs the class that our export writes. No other code of a directory is ever run.
+
+    Raises:
+      UserError: it needs that class, but the file is not the one that this version writes.
+    """
+    if read_hf_config(directory).architecture != MIXTURE_WITH_BIAS:
+        return False
+    file = directory / f"{MODELING}.py"
+    if not file.is_file() or file.read_text(encoding="utf-8", errors="replace") != modeling_code():
+        raise UserError(f"{file} is not the code that this version of flexolmo_jax exports, so it is not run")
+    return True
 
 
 def transformers_logits(model: Any, tokens: Int[np.ndarray, "B S"]) -> Float[np.ndarray, "B S V"]:

@@ -42,7 +42,9 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
     """Gradients of the rows' inputs [R, D], of their weights [R], and of the experts, None for those not trained."""
     token, weights = _lengthened(rows.token), _lengthened(weights)
     g_all, u_all = activations
-    buffers = tuple(zeros_beside(x, (len(token), size), dtype) for size, dtype in ((x.shape[1], x.dtype), (1, jnp.float32)))
+    buffers = tuple(
+        zeros_beside(x, (len(token), size), dtype) for size, dtype in ((x.shape[1], x.dtype), (1, jnp.float32))
+    )
     d_experts = []
     for (start, end, expert), is_trained in zip(_groups(rows, experts), trained, strict=True):
         sums = tuple(zeros_beside(x, w.shape, jnp.float32) for w in expert) if is_trained else ()
@@ -99,7 +101,8 @@ def _cut(a: Array, start) -> Array:
 
 def _put(buffers: tuple, blocks: tuple, start) -> tuple:
     return tuple(
-        jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 0) for a, b in zip(buffers, blocks, strict=True)
+        jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 0)
+        for a, b in zip(buffers, blocks, strict=True)
     )
 
 

@@ -53,7 +53,11 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
         jnp.where((rows.sizes > 0)[:, None, None], _product(a, b, rows.sizes, _BY_GROUP), 0)
         for a, b in ((inputs, d_g), (inputs, d_u), (h, (d_mixed * weight).astype(x.dtype)))
     ]
-    return d_inputs, d_weight, [tuple(s[i] for s in sums) if is_trained else None for i, is_trained in enumerate(trained)]
+    return (
+        d_inputs,
+        d_weight,
+        [tuple(s[i] for s in sums) if is_trained else None for i, is_trained in enumerate(trained)],
+    )
 
 
 def _product(a: Array, b: Array, sizes: Array, dimensions: jax.lax.RaggedDotDimensionNumbers) -> Array:

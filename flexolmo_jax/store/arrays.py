@@ -116,17 +116,35 @@ def open_leaves(directory: Path) -> dict[LeafPath, tensorstore.TensorStore]:
     Raises:
       UserError: the directory is not a complete checkpoint, or a leaf is missing.
     """
+    return {path: open_leaf(directory, path) for path in flatten(shapes(directory))}
 
-    def open_leaf(path: LeafPath) -> tensorstore.TensorStore:
-        where = f"{directory.absolute()}/{STATE}/{'.'.join(path)}/"
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}
-        try:
-            # A missing file shall be an error of its reader, not zeros.
-            return tensorstore.open(spec | {"fill_missing_data_reads": False}, read=True).result()
-        except ValueError as error:
-            raise UserError(f"{directory} cannot be read, {'/'.join(path)} is missing or damaged") from error
 
-    return {path: open_leaf(path) for path in flatten(shapes(directory))}
+def open_leaf(directory: Path, path: LeafPath) -> tensorstore.TensorStore:
+    """One leaf, opened but not read.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    where = f"{directory.absolute()}/{STATE}/{'.'.join(path)}/"
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}
+    try:
+        # A missing file shall be an error of its reader, not zeros.
+        return tensorstore.open(spec | {"fill_missing_data_reads": False}, read=True).result()
+    except ValueError as error:
+        raise UserError(f"{directory} cannot be read, {'/'.join(path)} is missing or damaged") from error
+
+
+def read(leaf: tensorstore.TensorStore) -> np.ndarray:
+    """What an opened leaf, or a part of one, holds.
+
+    Raises:
+      UserError: a file of it is missing or damaged.
+    """
+    try:
+        return np.asarray(leaf.read().result())
+    except (ValueError, OSError) as error:
+        where = leaf.kvstore.path if leaf.kvstore is not None else "an array"
+        raise UserError(f"{where} cannot be read, a part of it is missing or damaged") from error
 
 
 def digests(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,11 @@ _SHARD_INDEX_BYTES = 20
 """What format version 1 has at the end of each file: the offset and size of the data, and a checksum of the two."""
 
 
+def is_stacked(path: LeafPath) -> bool:
+    """Whether the leaf's first axis is the layers."""
+    return path[-1] not in _NOT_STACKED
+
+
 @dataclasses.dataclass(frozen=True)
 class LeafLayout:
     """Where the bytes of one leaf are.
@@ -82,7 +87,7 @@ class LeafLayout:
     @property
     def chunk_shape(self) -> tuple[int, ...]:
         """Shape of the piece in one file: whole rows of one layer, as many as evenly fit into `CHUNK_BYTES`."""
-        lead = () if self.path[-1] in _NOT_STACKED or not self.shape else (1,)
+        lead = (1,) if is_stacked(self.path) and self.shape else ()
         rest = self.shape[len(lead) :]
         if not rest:
             return lead

@@ -29,6 +29,7 @@ LEAVES = {
     "tune_router.md": ["runs/proxies/math/train.jsonl.gz", "runs/tuned/merged/manifest.json"],
     "choose_experts.md": ["runs/evaluation/report.json", "runs/evaluation/opt_out.png"],
     "export.md": ["runs/hf/all/model.safetensors", "runs/hf/math/config.json"],
+    "import.md": ["runs/math/merged/manifest.json", "runs/math_and_code_again/manifest.json"],
 }
 """Files that a page's commands must have written."""
 
@@ -38,6 +39,7 @@ SAYS = {
     "choose_experts.md": ["'U+4E2D' goes on", "expert:math", "merged:without:code", ", 264)"],
     "tune_router.md": ['"router_tuned_on": ["math", "code"]'],
     "export.md": ["FlexOlmoForCausalLM", "max_difference"],
+    "import.md": ["array_bytes", "public, math, code"],
     "formats.md": ["merged", '"tokens_seen": 10'],
     "privacy.md": ["contribution/manifest.json"],
 }

@@ -152,7 +152,7 @@ def test_a_failing_disk_leaves_nothing_behind(merged, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flexolmo_jax.hf.export.save_file", full)
+    monkeypatch.setattr("flexolmo_jax.hf.safetensors_file.write", full)
     with pytest.raises(UserError, match="No space left"):
         export_hf(merged, tmp_path / "hf")
     assert not list(tmp_path.iterdir())
@@ -203,7 +203,7 @@ def test_the_name_map_covers_every_leaf_once(layers, experts):
         (list(mixture_pieces(layers, names)), names),
         (list(dense_pieces(layers, "public")), names[:1]),
     ):
-        assert len({(piece.tensor, piece.row) for piece in pieces}) == len(pieces)
+        assert len({(piece.tensor, piece.rows) for piece in pieces}) == len(pieces)
         assert len({(piece.path, piece.layer) for piece in pieces}) == len(pieces)
         covered = {(piece.path, piece.layer) for piece in pieces}
         for path, leaf in flatten(abstract_params(config, present)).items():
@@ -238,7 +238,11 @@ def test_a_configuration_survives_the_round_trip(heads, groups, half, theta, eps
     )
     names = ("public", *(f"owner{index}" for index in range(1, experts)))
     top_k = data.draw(st.integers(1, experts))
-    content = json.loads(json.dumps(to_hf(config, names, top_k, dtype="float32", eos=1, pad=0)))
+    architecture = "Olmo2ForCausalLM" if experts == 1 else "FlexOlmoForCausalLM"
+    fields = {"max_position_embeddings": 64, "eos_token_id": 1, "pad_token_id": 0}
+    tied = data.draw(st.booleans())
+    written = to_hf(config, names, top_k, architecture=architecture, dtype="float32", tied=tied, text_side=fields)
+    content = json.loads(json.dumps(written))
     shape = from_hf(content, "config.json")
-    assert (shape.config, shape.names, shape.tied) == (config, names, False)
-    assert shape.top_k == top_k
+    assert (shape.config, shape.names, shape.tied) == (config, names, tied)
+    assert shape.top_k == (1 if experts == 1 else top_k)

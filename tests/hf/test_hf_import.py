@@ -46,9 +46,15 @@ def retensor(directory, change):
         ({"num_experts": 4}, "4 experts"),
         ({"expert_names": ["public", "math"]}, "name one by one"),
         ({"expert_names": ["math", "public", "code"]}, "must be 'public'"),
-        ({"intermediate_size": 25}, r"gate_proj.*shape \(32, 24\)"),
+        ({"intermediate_size": 25}, r"down_proj\.weight of shape \(32, 24\), where its config\.json says \(32, 25\)"),
         ({"num_hidden_layers": 3}, r"lacks the tensor model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"holds the tensor model\.layers\.1"),
+        ({"num_hidden_layers": 10**12}, "says 1000000000000 layers"),
+        ({"num_experts": 10**12, "num_experts_per_tok": 1, "expert_names": ...}, "1000000000000 experts"),
+        ({"expert_names": ["public", "../../math", "code"]}, "cannot name an expert"),
+        ({"expert_names": ["public", "ｍａｔｈ", "code"]}, "cannot name an expert"),
+        ({"architectures": "FlexOlmoForCausalLM"}, "describes nothing"),
+        ({"rope_parameters": ["default"]}, "not an object"),
     ],
 )
 def test_configurations_that_are_refused(directory, changes, message):
@@ -81,7 +87,10 @@ def test_tensors_that_are_refused(directory):
     for change, message in (
         (lambda tensors: tensors.pop("model.norm.weight"), "lacks the tensor model.norm.weight"),
         (lambda tensors: tensors.update({"extra": np.ones(1)}), "holds the tensor extra"),
-        (lambda tensors: tensors.update({router: tensors[router][:2].copy()}), "cannot be read"),
+        (lambda tensors: tensors.update({router: tensors[router][:2].copy()}), r"shape \(2, 32\)"),
+        (lambda tensors: tensors.update({router: tensors[router].astype(np.float16)}), "one dtype in all layers"),
+        (lambda tensors: tensors.update({router: tensors[router].astype(np.int32)}), "as I32"),
+        (lambda tensors: tensors[router].__setitem__((1, 3), np.nan), "not finite in model.layers.0.mlp.gate.weight"),
         (lambda tensors: tensors.update({router: np.ones((3, 33), np.float32)}), "shape"),
     ):
         shutil.copy(saved / "model.safetensors", directory)
@@ -99,6 +108,9 @@ def test_files_that_are_refused(directory, merged, tmp_path):
         read_hf(directory)
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pickle, pytorch_model\.bin, which runs code"):
+        read_hf(directory)
+    (directory / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="neither"):
         read_hf(directory)
     for file in ("../elsewhere.safetensors", "/etc/passwd", "absent.safetensors", 3):
