@@ -6,6 +6,7 @@ A merged model that permits one expert alone is the dense model of that owner, s
 and need no other weights. Branch-Train-Merge: arXiv 2208.03306 and 2303.14177.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -71,11 +72,11 @@ def ensemble_log_probabilities(
 
     The paper's text mixes probabilities and its formula logits; this mixes probabilities, as Branch-Train-Merge does.
     """
-    total = None
-    for number, name in enumerate(model.names):
-        scaled = jax.nn.log_softmax(model(ids, experts=[name], top_k=1)) + jnp.log(weights[:, number, None, None])
-        total = scaled if total is None else jnp.logaddexp(total, scaled)
-    return total
+    scaled = (
+        jax.nn.log_softmax(model(ids, experts=[name], top_k=1)) + jnp.log(weights[:, number, None, None])
+        for number, name in enumerate(model.names)
+    )
+    return functools.reduce(jnp.logaddexp, scaled)
 
 
 def likeliest_experts(

@@ -180,21 +180,29 @@ def assemble(
         for part in (f"{_RESULT}/{ARRAYS}", _RECEIPTS, _LOCKS):
             (work / part).mkdir(parents=True, exist_ok=True)
         with held(work):
-            assembly = _Assembly(out, work, sources, manifest)
+            assembly = _Assembly(out, work, sources, manifest, overwrite)
             try:
                 return assembly.run(writers, memory_budget // writers)
             except (UserError, OSError) as error:
                 if isinstance(error, FileNotFoundError) and not work.exists():
                     return assembly.finished_by_another()
-                shutil.rmtree(work, ignore_errors=True)
+                _remove(work)
                 raise
 
 
 class _Assembly:
     """One process's part in building one output."""
 
-    def __init__(self, out: Path, work: Path, sources: Mapping[LeafPath, Source], manifest: Callable[[dict], Manifest]):
-        self._out, self._work, self._sources, self._manifest = out, work, sources, manifest
+    def __init__(
+        self,
+        out: Path,
+        work: Path,
+        sources: Mapping[LeafPath, Source],
+        manifest: Callable[[dict], Manifest],
+        overwrite: bool,
+    ):
+        self._out, self._work, self._sources = out, work, sources
+        self._manifest, self._overwrite = manifest, overwrite
         self._stop = threading.Event()
 
     @property
@@ -252,8 +260,11 @@ class _Assembly:
                 described[layout.name] = arrays.describe(layout.shape, layout.dtype, self._receipt(path).read_text())
             manifest = self._manifest(described)
             manifest.write(self._work / _RESULT)
-            put_in_place(self._work / _RESULT, self._out)
-            shutil.rmtree(self._work, ignore_errors=True)
+            if self._out.exists() and not self._overwrite:  # Another process was done before this one began to write.
+                manifest = self.finished_by_another()
+            else:
+                put_in_place(self._work / _RESULT, self._out)
+            _remove(self._work)
         return manifest
 
     def finished_by_another(self) -> Manifest:
@@ -288,6 +299,14 @@ def _work_directory(out: Path, sources: Mapping[LeafPath, Source], manifest: Cal
     planned = dataclasses.asdict(manifest({}))
     key = hashlib.sha256(json.dumps([plan, planned], sort_keys=True).encode()).hexdigest()
     return out.with_name(f".{out.name}.merging-{key[:16]}")
+
+
+def _remove(work: Path) -> None:
+    """Removes a work directory in one step for all others who work there, and then in peace."""
+    gone = work.with_name(f"{work.name}-{os.getpid()}-{threading.get_ident()}")
+    with contextlib.suppress(FileNotFoundError):
+        work.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _sweep(out: Path, work: Path) -> None:

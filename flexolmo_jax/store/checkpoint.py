@@ -1,12 +1,15 @@
 """Models on disk: `manifest.json` and, under `arrays/`, an Orbax checkpoint in the schema's paths."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model.config import PUBLIC
-from flexolmo_jax.model.partition import LeafPath, Predicate, belongs_to_anchor, flatten
+from flexolmo_jax.model.config import PUBLIC, ModelConfig
+from flexolmo_jax.model.partition import LeafPath, Predicate, belongs_to_anchor, flatten, split
 from flexolmo_jax.model.transformer import abstract_params
 from flexolmo_jax.store import arrays
 from flexolmo_jax.store.difference import differences, in_one_sentence
@@ -55,13 +58,23 @@ def check_described(directory: Path, manifest: Manifest) -> None:
 
 def leaf_shapes(manifest: Manifest) -> dict[LeafPath, tuple[int, ...]]:
     """Every path that an artefact has, with its shape."""
-    names = (PUBLIC, *(name for name in manifest.names if name != PUBLIC))
-    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(manifest.model, names)).items()}
+    anchor, owner = split(_shapes_with_one_owner(manifest.model), belongs_to_anchor)
+    owners = {
+        (path[0], name, *path[2:]): shape
+        for path, shape in flatten(owner).items()
+        for name in manifest.names
+        if name != PUBLIC
+    }
     if manifest.kind != "contribution":
-        return shapes
-    shapes = {path: shape for path, shape in shapes.items() if not belongs_to_anchor(path)}
+        return flatten(anchor) | owners
     (record,) = manifest.experts
-    return shapes if record.rank is None else factor_shapes(shapes, record.rank)
+    return owners if record.rank is None else factor_shapes(owners, record.rank)
+
+
+@functools.cache
+def _shapes_with_one_owner(model: ModelConfig) -> dict[str, Any]:
+    """Nested dict of the shapes of a model with the public expert and one owner's; tracing it takes a while."""
+    return jax.tree.map(lambda leaf: leaf.shape, abstract_params(model, (PUBLIC, "owner")))
 
 
 def layouts(manifest: Manifest) -> dict[LeafPath, LeafLayout]:

@@ -34,9 +34,9 @@ class Keep:
         """The same in Orbax's words."""
         policies = ocp.training.preservation_policies
         newest = policies.LatestN(self.latest)
-        return (
-            newest if self.every is None else policies.AnyPreservationPolicy([newest, policies.EveryNSteps(self.every)])
-        )
+        if self.every is None:
+            return newest
+        return policies.AnyPreservationPolicy([newest, policies.EveryNSteps(self.every)])
 
 
 class Progress:
@@ -76,8 +76,9 @@ class Progress:
             raise
 
     def save(self, step: int, state: Any) -> None:
-        """Begins to write a checkpoint; `close` waits for it."""
-        self._checkpointer.save_async(step, state)
+        """Begins to write a checkpoint, once the one before is written; `close` waits for it."""
+        # Left to itself, Orbax would skip a save that is asked for while another is going on.
+        self._checkpointer.save_async(step, state, force=True)
 
     def close(self) -> None:
         self._checkpointer.close()

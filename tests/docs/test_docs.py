@@ -25,7 +25,12 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LEAVES = {
     "train_my_expert.md": ["runs/mine/contribution/manifest.json", "runs/mine_published/contribution/manifest.json"],
     "confine.md": ["runs/mine_confined/contribution/manifest.json"],
-    "merge.md": ["runs/math_and_code/manifest.json", "runs/math_and_unicode/manifest.json"],
+    "merge.md": [
+        "runs/math_and_code/manifest.json",
+        "runs/math_and_unicode/manifest.json",
+        "runs/code_again/manifest.json",
+    ],
+    "contributions.md": ["runs/only_math/manifest.json", "runs/full_and_low_rank/manifest.json"],
     "tune_router.md": ["runs/proxies/math/train.jsonl.gz", "runs/tuned/merged/manifest.json"],
     "choose_experts.md": ["runs/evaluation/report.json", "runs/evaluation/opt_out.png"],
     "export.md": ["runs/hf/all/model.safetensors", "runs/hf/math/config.json"],
@@ -35,7 +40,8 @@ LEAVES = {
 
 SAYS = {
     "confine.md": ["exit code 2", "list my_text: allowed", "list math: Permission denied", "write: Permission denied"],
-    "merge.md": ["public, math, code", "('public', 'math', 'unicode')"],
+    "merge.md": ["public, math, code", "('public', 'math', 'unicode')", "differing  0"],
+    "contributions.md": ["signed_by", "energy_kept"],
     "choose_experts.md": ["'U+4E2D' goes on", "expert:math", "merged:without:code", ", 264)"],
     "tune_router.md": ['"router_tuned_on": ["math", "code"]'],
     "export.md": ["FlexOlmoForCausalLM", "max_difference"],
@@ -153,7 +159,8 @@ def _anchor(line: str) -> str:
 def _command_lines(text: str) -> Iterator[tuple[str, list[str]]]:
     """The stage and the flags of every `flexolmo …` in a block or between backticks."""
     joined = text.replace("\\\n", " ")
-    for match in re.finditer(r"(?:^|`|-- )(?:\.venv/bin/)?flexolmo ([a-z][\w-]*)([^`\n]*)", joined, re.MULTILINE):
+    command = r"(?:^|`|-- )(?:\.venv/bin/)?flexolmo ((?:contribution )?[a-z][\w-]*)([^`\n]*)"
+    for match in re.finditer(command, joined, re.MULTILINE):
         yield match[1], re.findall(r"(?<=\s)(--[a-zA-Z][\w-]*)", match[2])
 
 

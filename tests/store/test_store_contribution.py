@@ -131,7 +131,7 @@ def test_what_is_not_signed_by_the_owner_as_it_is_now_is_refused(spoil, complain
 
 
 def test_another_ones_signature_and_a_missing_key_are_refused(parts, signed, tmp_path):
-    with pytest.raises(UserError, match="not one by .*stranger"):
+    with pytest.raises(UserError, match=r"not one by .*stranger"):
         merge(parts / "anchor", [signed], tmp_path / "merged", signed_by={"math": parts / "stranger.pub"})
     with pytest.raises(UserError, match="no key in --signed-by"):
         merge(parts / "anchor", [signed, parts / "code"], tmp_path / "merged", signed_by={"math": parts / "owner.pub"})
@@ -193,7 +193,7 @@ def test_energy_chooses_the_smallest_rank_that_keeps_it(parts, tmp_path):
     assert below.energy_kept < 0.8
     assert rank_for_energy(np.array([[3.0, 1.0, 0.0]]), 0.9) == 1
     assert rank_for_energy(np.array([[3.0, 1.0, 0.0], [1.0, 1.0, 1.0]]), 0.9) == 3
-    with pytest.raises(UserError, match="--energy is 1.5"):
+    with pytest.raises(UserError, match=r"--energy is 1\.5"):
         compress(parts / "code", parts / "anchor", tmp_path / "none", energy=1.5)
 
 
