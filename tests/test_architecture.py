@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "moe": set(),
     "model": {"moe"},
     "parallel": {"model"},
-    "data": set(),
+    "data": {"terminal"},
     # the jobs
     "store": {"model"},
     "train": {"moe", "model", "parallel", "data", "store", "terminal"},
@@ -39,8 +39,14 @@ MAY_IMPORT = {
 """Which rooms each room may import, besides itself and `errors`, which every room may."""
 
 AT_HOME = {
+    "apache_beam": {"data"},
+    "array_record": {"data"},
+    "datasketch": {"data"},
+    "fsspec": {"data"},
     "gin": {"configuration"},
+    "pyarrow": {"data"},
     "rich": {"terminal"},
+    "sentencepiece": {"data"},
     "seqio": {"data"},
     "tensorflow": {"data"},
     "torch": {"hf"},
@@ -50,7 +56,7 @@ AT_HOME = {
 }
 """Libraries that only these rooms may import."""
 
-LAZY = {"seqio", "tensorflow", "torch", "transformers"}
+LAZY = {"apache_beam", "datasketch", "pyarrow", "seqio", "tensorflow", "torch", "transformers"}
 """Libraries that take seconds to import, or that an extra installs: never imported when our modules are."""
 
 IMPORTS_TENSORFLOW = "data.tasks"
