@@ -5,7 +5,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Rows(NamedTuple):
     weights: Any
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Random access to rows."""
 
@@ -41,6 +42,7 @@ class RowSource(Protocol):
     def __getitem__(self, index: int) -> Rows: ...
 
 
+@runtime_checkable
 class TextRows(RowSource, Protocol):
     """Rows of documents."""
 

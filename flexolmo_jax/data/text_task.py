@@ -16,10 +16,12 @@ from flexolmo_jax.data.files import TOKENS, SourceFile, find_files, open_file
 from flexolmo_jax.data.vocabularies import BYTES, Vocabulary, open_vocabulary
 from flexolmo_jax.errors import UserError
 
-PART_BYTES = 2**24
-"""A file larger than this is read in several parts."""
+PART_BYTES = 2**20
+"""A file larger than this is read in several parts, where there are few files."""
 _MOST_PARTS = 8
 """Of one file: every part of a compressed file decompresses all of it."""
+_ENOUGH_UNITS = 64
+"""So many pieces of work keep the processes of a machine busy to the end."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -96,11 +98,12 @@ class TextTask:
         """
         files = self._files()
         splits = named_splits(files)
+        wanted = min(_MOST_PARTS, -(-_ENOUGH_UNITS // len(files)))
         found = []
         for file in files:
             if splits and file not in splits:
                 continue
-            parts = min(_MOST_PARTS, max(1, -(-file.size // PART_BYTES)))
+            parts = min(wanted, max(1, -(-file.size // PART_BYTES)))
             found += [TextUnit(self, file, splits.get(file, ""), part, parts) for part in range(parts)]
         return found
 
