@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import grain
 
@@ -34,7 +33,13 @@ class Mixture:
         if not sum(self.rates.values()) > 0:
             raise UserError("the rates of the mixture sum to zero: give at least one part a rate above 0")
 
-    def write(self, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    @property
+    def shares(self) -> dict[str, float]:
+        """The rates of the parts that are read at all, so that they sum to one."""
+        whole = sum(self.rates.values())
+        return {part: rate / whole for part, rate in self.rates.items() if rate > 0}
+
+    def write(self, out: Path, *, overwrite: bool = False) -> None:
         """Writes the mixture as a prepared text of its own, which names its parts relative to itself.
 
         Raises:
@@ -42,13 +47,12 @@ class Mixture:
         """
         if not overwrite and out.exists() and any(out.iterdir()):
             raise UserError(f"{out} exists already: give another --out, or --overwrite to replace it")
-        manifests = {part: read_manifest(Path(part)) for part, rate in self.rates.items() if rate > 0}
+        manifests = {part: read_manifest(Path(part)) for part in self.shares}
         (first, one), *others = manifests.items()
         for part, other in others:
             if other["vocabulary"] != one["vocabulary"]:
                 raise UserError(f"{part} and {first} were prepared with different tokenizers, so they cannot be mixed")
-        whole = sum(self.rates.values())
-        parts = [{"path": os.path.relpath(part, out), "rate": self.rates[part] / whole} for part in manifests]
+        parts = [{"path": os.path.relpath(part, out), "rate": share} for part, share in self.shares.items()]
         manifest = {
             "format_version": FORMAT_VERSION,
             "kind": "mixture",
@@ -59,7 +63,6 @@ class Mixture:
         out.mkdir(parents=True, exist_ok=True)
         with replacing(out / MANIFEST) as partial:
             partial.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        return manifest
 
 
 class MixedRows:

@@ -32,8 +32,8 @@ def prepare(
       UserError: the text, a tokenizer, a rate or `out` cannot be used; nothing is left behind.
     """
     if isinstance(task, Mixture):
-        manifest = task.write(out, overwrite=overwrite)
-        return {"prepared": out, **{part["path"]: part["rate"] for part in manifest["parts"]}}
+        task.write(out, overwrite=overwrite)
+        return {"prepared": out, **task.shares}
     return _prepare_one(task, out, preparation, beam, overwrite)
 
 
