@@ -99,7 +99,30 @@ ANCHOR = Flag("--anchor", "directory of the anchor that it was made for", "ancho
 SIGNED_BY = Flag("--signed-by", "public key that must have signed it (PEM, Ed25519)", "signed_by", {"type": Path})
 REQUIRED_OUT = dataclasses.replace(OUT, settings=_required())
 
+BEAM = Flag(
+    "--beam",
+    "do it as an Apache Beam pipeline with these arguments, such as --beam=--runner=FlinkRunner",
+    "beam",
+)
+
 STAGES: dict[str, Stage] = {
+    "prepare": Stage(
+        summary="turn an owner's text into token shards, or write down a mixture of such",
+        function="flexolmo_jax.data.stage:prepare",
+        flags=(OUT, BEAM, OVERWRITE),
+        gin=True,
+    ),
+    "prepare-seqio": Stage(
+        summary="turn a task or mixture of SeqIO's registries into token shards",
+        function="flexolmo_jax.data.stage:prepare_seqio",
+        flags=(
+            Flag("MODULE:NAME", "the module that registers it, and its name", "registered"),
+            REQUIRED_OUT,
+            Flag("--workers", "processes (default: one for every core)", "workers", {"type": int}),
+            BEAM,
+            OVERWRITE,
+        ),
+    ),
     "pretrain": Stage(
         summary="train an anchor on public text",
         function="flexolmo_jax.train.pretrain:pretrain",

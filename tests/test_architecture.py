@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "parallel": set(),
     "moe": {"parallel"},
     "model": {"moe", "parallel"},
-    "data": set(),
+    "data": {"terminal"},
     # the jobs
     "store": {"model"},
     "train": {"moe", "model", "parallel", "data", "store", "terminal"},
@@ -41,8 +41,14 @@ MAY_IMPORT = {
 """Which rooms each room may import, besides itself and `errors`, which every room may."""
 
 AT_HOME = {
+    "apache_beam": {"data"},
+    "array_record": {"data"},
+    "datasketch": {"data"},
+    "fsspec": {"data"},
     "gin": {"configuration"},
+    "pyarrow": {"data"},
     "rich": {"terminal"},
+    "sentencepiece": {"data"},
     "seqio": {"data"},
     "tensorflow": {"data"},
     "torch": {"hf"},
@@ -53,7 +59,7 @@ AT_HOME = {
 }
 """Libraries that only these rooms may import."""
 
-LAZY = {"seqio", "tensorflow", "torch", "transformers"}
+LAZY = {"apache_beam", "datasketch", "pyarrow", "seqio", "tensorflow", "torch", "transformers"}
 """Libraries that take seconds to import, or that an extra installs: never imported when our modules are."""
 
 IMPORTS_TENSORFLOW = "data.tasks"

@@ -9,7 +9,7 @@ half comes from random Markov chains over random subsets of the ids that public 
 
 import numpy as np
 
-from flexolmo_jax.data.packing import Packing, Rows, spread
+from flexolmo_jax.data.packing import Rows, RowSource, spread
 
 _MOST_SYMBOLS = 64
 _CONCENTRATIONS = (0.03, 0.1, 0.3, 1.0)
@@ -19,10 +19,10 @@ _CONCENTRATIONS = (0.03, 0.1, 0.3, 1.0)
 class Decoys:
     """Random access to rows of decoys; row `i` is a pure function of (public text, seed, `i`)."""
 
-    def __init__(self, public: Packing, own: Packing, seed: int):
+    def __init__(self, public: RowSource, own: RowSource, seed: int):
         self._public = public
         self._seed = seed
-        self._ids = np.union1d(*(_ids_in_use(packing) for packing in (public, own)))
+        self._ids = np.union1d(*(_ids_in_use(rows) for rows in (public, own)))
 
     def __len__(self) -> int:
         return len(self._public)
@@ -51,6 +51,6 @@ class Decoys:
         return symbols[states].astype(np.int32)
 
 
-def _ids_in_use(packing: Packing) -> np.ndarray:
+def _ids_in_use(rows: RowSource) -> np.ndarray:
     """Ids that occur in a few evenly spaced rows."""
-    return np.unique(np.concatenate([packing[index].inputs for index in spread(len(packing), 256)]))
+    return np.unique(np.concatenate([rows[index].inputs for index in spread(len(rows), 256)]))

@@ -1,50 +1,87 @@
-"""From a corpus to token files that a training host maps into memory.
+"""From text to token shards: plan, tokenize into sorted runs, find duplicates, write shards, move into place.
 
-A prepared split is `<split>.tokens.npy` (all documents one after another, each ended by EOS) and `<split>.offsets.npy`
-(where each begins, and the end). `manifest.json` names the digests of the sources and is written last.
+What comes out is a function of the documents and the settings: not of how files are named or ordered, how many
+processes worked, or how often they were killed. While it grows it lies in `<out>.partial`; a finished piece there is
+not done again, and `out` appears complete or not at all.
 """
 
-import collections
-import contextlib
 import dataclasses
-import hashlib
+import functools
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from flexolmo_jax.data.documents import split_texts, text_files
+from flexolmo_jax.data import files
+from flexolmo_jax.data.files import replacing
+from flexolmo_jax.data.near_duplicates import Key, near_duplicates
+from flexolmo_jax.data.runs import BAD_SHOWN, Run, Unit, UnitReport, read_report, unit_key, write_runs
+from flexolmo_jax.data.shards import ShardJob, rank, write_shard
 from flexolmo_jax.data.splits import SPLITS
+from flexolmo_jax.data.text_task import task_of
+from flexolmo_jax.data.tokens import FORMAT_VERSION, MANIFEST, PreparedSplit, is_prepared, read_manifest
+from flexolmo_jax.data.vocabularies import Vocabulary, id_type
+from flexolmo_jax.data.workers import Workers, in_processes, in_this_process
 from flexolmo_jax.errors import UserError
 
-FORMAT_VERSION = 1
+_SMALL_BYTES = 2**24
+"""Starting processes costs more than it brings below this."""
+
+_TOKENIZING = 0.9
+"""About this share of the time goes into tokenizing, the rest into writing shards."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Documents:
-    """Token ids of a prepared split, mapped from disk.
+class Task(Protocol):
+    """What is to be prepared."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def units(self) -> Sequence[Unit]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How text is prepared.
 
     Attributes:
-      tokens: uint16 [N], all documents one after another.
-      offsets: int64 [documents + 1].
+      deduplicate: "exact" leaves out documents that occur again in their split; "near" leaves out also those that
+        resemble another, and of twins in two splits keeps the held-out one; "none" keeps all.
+      near_threshold: least share of common runs of five tokens that makes two documents near-duplicates.
+      shard_tokens: tokens of a shard, about.
+      workers: processes; 0 means one for every core.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
+    deduplicate: Literal["exact", "near", "none"] = "exact"
+    near_threshold: float = 0.8
+    shard_tokens: int = 2**25
+    workers: int = 0
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+    def __post_init__(self):
+        if not 0 < self.near_threshold <= 1:
+            raise UserError(
+                f"Preparation.near_threshold must be above 0 and at most 1, but it is {self.near_threshold}"
+            )
+        if self.shard_tokens < 1:
+            raise UserError(f"Preparation.shard_tokens must be at least 1, but it is {self.shard_tokens}")
+        if self.workers < 0:
+            raise UserError(f"Preparation.workers must be at least 0, but it is {self.workers}")
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+    @property
+    def decides(self) -> dict[str, Any]:
+        """The settings that decide what comes out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "workers"}
 
 
 def prepare(corpus: Path, out: Path) -> Path:
-    """Tokenizes every split of a corpus into `out`, unless that is what `out` already holds; returns `out`.
+    """Where the tokens of a corpus are: `corpus` itself if it is prepared text, else `out`, prepared as bytes.
 
     A corpus with files named `train*`, `validation*`, `test*` has these splits. In any other corpus, a stable hash of
     its text decides which split a document belongs to.
@@ -52,74 +89,262 @@ def prepare(corpus: Path, out: Path) -> Path:
     Raises:
       UserError: the corpus is missing, empty or unreadable.
     """
-    files = text_files(corpus)
-    sources = {str(file.relative_to(corpus) if corpus.is_dir() else file.name): _digest(file) for file in files}
-    manifest = {"format_version": FORMAT_VERSION, "vocabulary": "bytes", "sources": sources}
-    if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text()) == manifest:
-        return out
-
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        counts = {split: _write_split(partial, split, documents) for split, documents in _tokenize(corpus).items()}
-        if not counts["train"]:
-            raise UserError(f"the corpus {corpus} has no document to train on")
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    if is_prepared(corpus):
+        read_manifest(corpus)
+        return corpus
+    prepare_task(task_of(corpus), out, Preparation(workers=1), overwrite=True)
     return out
 
 
-def open_split(prepared: Path, split: str) -> Documents:
-    """Maps one split of a prepared corpus into memory."""
-    tokens = np.load(prepared / f"{split}.tokens.npy", mmap_mode="r")
-    return Documents(tokens, np.load(prepared / f"{split}.offsets.npy"))
+def open_split(prepared: Path, split: str) -> PreparedSplit:
+    """One split of prepared text; it may be empty.
+
+    Raises:
+      UserError: there is no prepared text, or a shard of it is missing.
+    """
+    manifest = read_manifest(prepared)
+    if "splits" not in manifest:
+        raise UserError(f"{prepared} is a mixture of prepared texts, but one text is needed here")
+    shards = manifest["splits"][split]["shards"]
+    missing = [shard["file"] for shard in shards if not (prepared / shard["file"]).is_file()]
+    if missing:
+        raise UserError(f"{prepared} is damaged: {missing[0]} is missing; prepare it again")
+    kind = id_type(manifest["vocabulary"]["size"])
+    paths = [prepared / shard["file"] for shard in shards]
+    return PreparedSplit(prepared, split, paths, [shard["documents"] for shard in shards], kind)
 
 
-def _tokenize(corpus: Path) -> dict[str, list[np.ndarray]]:
-    with _quiet_start_of_tensorflow():
-        from flexolmo_jax.data.tasks import text_task
+def prepare_task(
+    task: Task,
+    out: Path,
+    preparation: Preparation,
+    *,
+    workers: Workers | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Prepares a task into `out`, unless that is what `out` already holds.
 
-    task = text_task("corpus", corpus)
-    documents: dict[str, list[np.ndarray]] = {}
-    for split in SPLITS:
-        examples = task.get_dataset(None, split=split, shuffle=False).as_numpy_iterator()
-        try:
-            documents[split] = [example["targets"] for example in examples]
-        except Exception:
-            # TensorFlow buries what the reader raised; reading once more without it says what is wrong.
-            collections.deque(split_texts(corpus, split), maxlen=0)
-            raise
-    return documents
+    Args:
+      task: what to prepare.
+      out: directory to write.
+      preparation: how.
+      workers: who does it; None means processes on this machine, as `preparation` says.
+      progress: is told what share of the work is done.
+      overwrite: whether what else `out` holds is replaced, when all is done.
 
+    Returns:
+      The manifest.
 
-@contextlib.contextmanager
-def _quiet_start_of_tensorflow() -> Iterator[None]:
-    """TensorFlow greets on standard error whatever its log level says; a person who prepares text need not see that."""
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    Raises:
+      UserError: the text, the tokenizer or `out` cannot be used; nothing is left behind.
+    """
+    units = task.units()
+    settings = {"task": task.name, "vocabulary": task.vocabulary.fingerprint} | preparation.decides
+    place = _Place(out.with_name(out.name + ".partial"))
+    if _holds(out, settings, units):
+        place.remove()
+        return read_manifest(out)
+    if not overwrite and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} holds something else: give another --out, or --overwrite to replace it")
     try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+        place.begin({"settings": settings, "units": [unit_key(unit) for unit in units]})
+        manifest = _work(place, task, units, preparation, workers or _local(preparation, units), progress)
+        place.finish(manifest | {"settings": settings}, out)
+    except OSError as error:
+        place.remove()
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
+    except Exception:
+        place.remove()
+        raise
+    return read_manifest(out)
 
 
-def _write_split(directory: Path, split: str, documents: list[np.ndarray]) -> int:
-    documents = [document for document in documents if len(document) > 1]
-    lengths = np.array([len(document) for document in documents], np.int64)
-    tokens = np.concatenate(documents).astype(np.uint16) if documents else np.zeros(0, np.uint16)
-    np.save(directory / f"{split}.tokens.npy", tokens)
-    np.save(directory / f"{split}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]))
-    return len(documents)
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """The directory in which a preparation grows."""
+
+    directory: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.directory / "runs"
+
+    @property
+    def result(self) -> Path:
+        return self.directory / "result"
+
+    @property
+    def reports(self) -> Path:
+        return self.directory / "reports"
+
+    @property
+    def left_out(self) -> Path:
+        return self.directory / "left_out.npy"
+
+    def begin(self, plan: dict[str, Any]) -> None:
+        """Goes on with what is there if it was begun with the same plan, else begins anew."""
+        file = self.directory / "plan.json"
+        if not (file.is_file() and json.loads(file.read_text()) == plan):
+            self.remove()
+            self.directory.mkdir(parents=True)
+            with replacing(file) as partial:
+                partial.write_text(json.dumps(plan))
+        for each in (self.runs, self.result, self.reports):
+            each.mkdir(exist_ok=True)
+
+    def finish(self, manifest: dict[str, Any], out: Path) -> None:
+        """Writes the manifest and moves the result to `out`."""
+        for leftover in self.result.glob(".*"):
+            leftover.unlink()
+        with replacing(self.result / MANIFEST) as partial:
+            partial.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(self.result, out)
+        self.remove()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def shard_report(self, job: ShardJob) -> Path:
+        return self.reports / f"{job.file_name}.json"
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _work(
+    place: _Place,
+    task: Task,
+    units: Sequence[Unit],
+    preparation: Preparation,
+    workers: Workers,
+    progress: Callable[[float], None],
+) -> dict[str, Any]:
+    """Everything between plan and manifest; returns what the manifest says."""
+    near = preparation.deduplicate == "near"
+    pending = [unit for unit in units if read_report(unit, place.runs) is None]
+    advance = _Advance(lambda done: progress(_TOKENIZING * done), len(units), len(pending))
+    workers(functools.partial(_tokenize, place, near), pending, advance)
+    reports = [report for unit in units if (report := read_report(unit, place.runs)) is not None]
+    _check(task, reports)
+    if near and not place.left_out.exists():
+        _write_left_out(place, preparation.near_threshold)
+    jobs = []
+    for split in SPLITS:
+        count = -(-sum(report.tokens[split] for report in reports) // preparation.shard_tokens)
+        jobs += [ShardJob(split, number, count) for number in range(count)]
+    unwritten = [job for job in jobs if not place.shard_report(job).exists()]
+    advance = _Advance(lambda done: progress(_TOKENIZING + (1 - _TOKENIZING) * done), len(jobs), len(unwritten))
+    workers(functools.partial(_write, place, preparation.deduplicate != "none"), unwritten, advance)
+    return _manifest(place, task, reports, jobs)
+
+
+def _tokenize(place: _Place, near: bool, unit: Unit) -> None:
+    write_runs(unit, place.runs, near)
+
+
+def _write(place: _Place, once: bool, job: ShardJob) -> None:
+    report = write_shard(job, _all_runs(place), place.result, once=once, left_out=_read_left_out(place))
+    with replacing(place.shard_report(job)) as partial:
+        partial.write_text(json.dumps(report))
+
+
+def _all_runs(place: _Place) -> list[Run]:
+    return [Run.of(keys) for keys in sorted(place.runs.glob("[!.]*.keys.npy"))]
+
+
+def _check(task: Task, reports: Sequence[UnitReport]) -> None:
+    """Refuses text with too many bad lines, and text that there is not."""
+    records, bad = sum(report.records for report in reports), sum(report.bad for report in reports)
+    allowed = getattr(task, "bad_share", 0.0)
+    if bad > allowed * records:
+        first = next(line for report in reports for line in report.shown)
+        raise UserError(
+            f"{bad} of {records} lines of {task.name} are bad, more than the share of {allowed:g} that is skipped; "
+            f"the first: {first}"
+        )
+    if not sum(report.tokens["train"] for report in reports):
+        raise UserError(f"the corpus {getattr(task, 'files', task.name)} has no document to train on")
+
+
+def _write_left_out(place: _Place, threshold: float) -> None:
+    keys: list[Key] = []
+    signatures = []
+    for run in _all_runs(place):
+        for split, order, check, _ in np.load(run.keys).tolist():
+            keys.append((rank(SPLITS[split]), order, check))
+        signatures.append(np.load(run.signatures))
+    found = sorted(near_duplicates(keys, np.concatenate(signatures), threshold))
+    with replacing(place.left_out) as partial, partial.open("wb") as opened:
+        np.save(opened, np.array(found, np.uint64).reshape(-1, 3))
+
+
+def _read_left_out(place: _Place) -> set[Key]:
+    return {tuple(key) for key in np.load(place.left_out).tolist()} if place.left_out.exists() else set()
+
+
+def _manifest(place: _Place, task: Task, reports: Sequence[UnitReport], jobs: Sequence[ShardJob]) -> dict[str, Any]:
+    vocabulary = task.vocabulary
+    splits: dict[str, Any] = {split: {"documents": 0, "tokens": 0, "shards": []} for split in SPLITS}
+    dropped = {"repeated": 0, "similar": 0}
+    for job in jobs:
+        shard = json.loads(place.shard_report(job).read_text())
+        for kind in dropped:
+            dropped[kind] += shard.pop(kind)
+        split = splits[job.split]
+        split["shards"].append(shard)
+        split["documents"] += shard["documents"]
+        split["tokens"] += shard["tokens"]
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": "prepared",
+        "name": task.name,
+        "vocabulary": {
+            "fingerprint": vocabulary.fingerprint,
+            "size": vocabulary.size,
+            "eos_id": vocabulary.eos_id,
+            "pad_id": vocabulary.pad_id,
+        },
+        "splits": splits,
+        "records": sum(report.records for report in reports),
+        "empty": sum(report.empty for report in reports),
+        "bad": sum(report.bad for report in reports),
+        "bad_lines": [line for report in reports for line in report.shown][:BAD_SHOWN],
+        **dropped,
+        "sources": sorted(
+            (source for report in reports for source in report.sources), key=lambda each: (each["name"], each["bytes"])
+        ),
+    }
+
+
+def _holds(out: Path, settings: dict[str, Any], units: Sequence[Unit]) -> bool:
+    """Whether `out` is what would come out, by the digests of the sources."""
+    if not (out / MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_manifest(out)
+    except UserError:
+        return False
+    if manifest.get("settings") != settings:
+        return False
+    found = sorted((source.name, source.size, source.path) for unit in units if (source := unit.source()))
+    known = [(each["name"], each["bytes"], each["sha256"]) for each in manifest["sources"]]
+    return [each[:2] for each in found] == [each[:2] for each in known] and all(
+        files.digest(path) == sha256 for (_, _, path), (_, _, sha256) in zip(found, known, strict=True)
+    )
+
+
+def _local(preparation: Preparation, units: Sequence[Unit]) -> Workers:
+    total = sum(source.size for unit in units if (source := unit.source()))
+    count = preparation.workers or os.cpu_count() or 1
+    return in_this_process if count == 1 or total < _SMALL_BYTES else in_processes(count)
+
+
+class _Advance:
+    """Counts pieces of work that are done, and tells their share."""
+
+    def __init__(self, tell: Callable[[float], None], total: int, left: int):
+        self._tell, self._total, self._left = tell, total, left
+
+    def __call__(self, done: int) -> None:
+        self._left -= done
+        self._tell(1 - self._left / self._total)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexolmo_jax.data.prepare import Documents
+from flexolmo_jax.data.tokens import TokenSource
 from flexolmo_jax.data.vocabulary import decode
 from flexolmo_jax.errors import UserError
 
@@ -14,7 +14,7 @@ _BUCKETS = 2**16
 _GRAM = 3
 
 
-def select_proxies(own: Documents, public: Documents, out: Path, *, share: float) -> int:
+def select_proxies(own: TokenSource, public: TokenSource, out: Path, *, share: float) -> int:
     """Writes the public documents that look most like the owner's to `out/train.jsonl.gz`.
 
     The classifier is naive Bayes over hashed runs of three tokens. The published recipe takes the top of a fine-tuned
@@ -55,7 +55,9 @@ def _grams(tokens: np.ndarray) -> np.ndarray:
     return (wide[:-2] * 1_000_003 + wide[1:-1] * 10_007 + wide[2:] * 101) % _BUCKETS
 
 
-def _counts(documents: Documents) -> np.ndarray:
+def _counts(documents: TokenSource) -> np.ndarray:
     """Probability of each bucket, smoothed by one count."""
-    counts = np.bincount(_grams(documents.tokens), minlength=_BUCKETS) + 1.0
+    counts = np.ones(_BUCKETS)
+    for index in range(len(documents)):
+        counts += np.bincount(_grams(documents[index]), minlength=_BUCKETS)
     return counts / counts.sum()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flexolmo_jax.data.packing import Packing, Rows, sample_rows
+from flexolmo_jax.data.packing import Rows, RowSource, sample_rows
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.partition import join
 from flexolmo_jax.model.transformer import Build
@@ -43,7 +43,7 @@ class Calibration:
 
 
 def calibrate_bias(
-    build: Build, frozen: dict, params: dict, name: str, own: Packing, public: Packing, calibration: Calibration
+    build: Build, frozen: dict, params: dict, name: str, own: RowSource, public: RowSource, calibration: Calibration
 ) -> tuple[dict, dict[str, float]]:
     """Lowers the bias of expert `name`.
 

@@ -9,9 +9,9 @@ import optax
 
 from flexolmo_jax import terminal
 from flexolmo_jax.data.decoys import Decoys
-from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split, prepare
-from flexolmo_jax.data.reading import RowSource, batches
+from flexolmo_jax.data.packing import RowSource
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.reading import batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import PUBLIC, ModelConfig, abstract_params, builder
 from flexolmo_jax.parallel import MeshConfig
@@ -27,6 +27,7 @@ from flexolmo_jax.train.optimizer import OptimizerConfig
 from flexolmo_jax.train.router_start import RouterStart, Start
 from flexolmo_jax.train.run import DTYPES, RunConfig
 from flexolmo_jax.train.step import Step, TrainState, make_step
+from flexolmo_jax.train.text import check_vocabulary, describe
 
 TOP_K = 2
 """Experts per token in an owner's job: both, softly mixed, as published."""
@@ -115,7 +116,9 @@ def train_expert(
         layout = mesh.build()
         layout.check_batch(run.batch_size // run.accumulation)
         own, public = prepare(text, job.prepared / "own"), prepare(public_text, job.prepared / "public")
-        own_rows, public_rows = (Packing(open_split(part, "train"), run.sequence_length) for part in (own, public))
+        for part in (own, public):
+            check_vocabulary(part, base.model, base.tokenizer)
+        own_rows, public_rows = (run.rows(part, "train") for part in (own, public))
         shares = {
             OWN: 1 - expert.public_share - expert.decoy_share,
             FOREIGN: expert.public_share,
@@ -131,7 +134,7 @@ def train_expert(
             {
                 "anchor": f"{anchor}, {base.model.num_params() / 1e6:,.2f} M parameters, frozen",
                 "trainable": f"{(base.model.num_params(2) - base.model.num_params()) / 1e6:,.2f} M parameters",
-                "text": f"{text}, {len(own_rows):,} rows of {run.sequence_length} tokens",
+                "text": describe(text, own_rows, run),
                 "batch": f"{shares[OWN]:.0%} own, {shares[FOREIGN]:.0%} public, {shares[DECOY]:.0%} decoys",
                 "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
                 "mesh": layout.describe(),
@@ -157,7 +160,7 @@ def train_expert(
             out=out,
             layout=layout,
         )
-        own_held_out, public_held_out = (_held_out(part, run.sequence_length) for part in (own, public))
+        own_held_out, public_held_out = (_held_out(part, run) for part in (own, public))
         params, found = calibrate_bias(
             build, frozen, state.params, expert.name, own_held_out, public_held_out, calibration
         )
@@ -185,10 +188,10 @@ def expert_step(
     )
 
 
-def _held_out(prepared: Path, length: int) -> Packing:
+def _held_out(prepared: Path, run: RunConfig) -> RowSource:
     """Rows to calibrate on: the validation split, or the training split where a small corpus left it empty."""
-    rows = Packing(open_split(prepared, "validation"), length)
-    return rows if len(rows) else Packing(open_split(prepared, "train"), length)
+    rows = run.rows(prepared, "validation")
+    return rows if len(rows) else run.rows(prepared, "train")
 
 
 def _new_expert(anchor: dict, name: str, start: Start) -> dict:

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
 from flexolmo_jax import terminal
-from flexolmo_jax.data.reading import read_from
+from flexolmo_jax.data.reading import Batches, read_from
 from flexolmo_jax.parallel.mesh import Layout
 from flexolmo_jax.store.progress import Keep, Progress
 from flexolmo_jax.train.run import RunConfig
@@ -27,7 +26,7 @@ def train(
     step: Callable,
     state: TrainState,
     frozen: dict[str, Any],
-    dataset: grain.MapDataset,
+    dataset: Batches,
     run: RunConfig,
     *,
     out: Path,
@@ -41,7 +40,7 @@ def train(
       step: what `make_step` returned.
       state: where to begin, already on the mesh.
       frozen: parameters that the step needs and does not change, already on the mesh.
-      dataset: element `s` is the batch of step `s`.
+      dataset: element `s` is the batch of step `s`; each process reads the rows that its own devices need.
       run: how long, and how often to log and save.
       out: directory of the job; `checkpoints/` and `metrics.jsonl` appear in it.
       layout: places batches on the mesh.
@@ -59,7 +58,7 @@ def train(
         terminal.Progress(out.name, run.steps, first=begin) as bar,
     ):
         window = _Window(run.log_every, run.batch_size * run.sequence_length)
-        batches = read_from(dataset, begin)
+        batches = read_from(dataset, begin, layout.local_rows(run.batch_size))
         for number in range(begin + 1, run.steps + 1):
             state, metrics = compiled(state, frozen, layout.place_batch(next(batches)))
             if row := window.add(number, metrics):

@@ -6,8 +6,7 @@ import jax
 import optax
 
 from flexolmo_jax import terminal
-from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.reading import batches
 from flexolmo_jax.model import PUBLIC, InitialScales, ModelConfig, abstract_params, builder, initialise
 from flexolmo_jax.model.bias_channel import pin
@@ -20,6 +19,7 @@ from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig
 from flexolmo_jax.train.optimizer import OptimizerConfig
 from flexolmo_jax.train.run import RunConfig
 from flexolmo_jax.train.step import Constraint, Step, TrainState, make_step, unconstrained
+from flexolmo_jax.train.text import check_vocabulary, describe
 
 
 def pretrain(
@@ -63,12 +63,14 @@ def pretrain(
         if not job.is_done("anchor"):
             layout = mesh.build()
             layout.check_batch(run.batch_size // run.accumulation)
-            rows = Packing(open_split(prepare(text, job.prepared), "train"), run.sequence_length)
+            prepared = prepare(text, job.prepared)
+            tokenizer = check_vocabulary(prepared, model)
+            rows = run.rows(prepared, "train")
             terminal.banner(
                 "pretrain",
                 {
                     "model": f"{model.num_params() / 1e6:,.2f} M parameters",
-                    "text": f"{text}, {len(rows):,} rows of {run.sequence_length} tokens",
+                    "text": describe(text, rows, run),
                     "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
                     "mesh": layout.describe(),
                     "out": out,
@@ -95,6 +97,7 @@ def pretrain(
                 anchor=checkpoint.anchor_fingerprint(described),
                 arrays=described,
                 top_k=1,
+                tokenizer=tokenizer,
                 gin=gin,
             )
             checkpoint.write(out / "anchor", jax.device_get(state.params), manifest)

@@ -12,8 +12,7 @@ import jax
 import optax
 
 from flexolmo_jax import terminal
-from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.reading import batches
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import PUBLIC, ModelConfig, abstract_params, builder
@@ -27,6 +26,7 @@ from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig
 from flexolmo_jax.train.optimizer import OptimizerConfig
 from flexolmo_jax.train.run import DTYPES, RunConfig
 from flexolmo_jax.train.step import Step, TrainState, make_step
+from flexolmo_jax.train.text import check_vocabulary
 
 
 def tune_router(
@@ -79,7 +79,9 @@ def tune_router(
         layout.check_batch(run.batch_size // run.accumulation)
         corpora = {PUBLIC: public_text} | dict(proxies)
         prepared = {name: prepare(corpus, job.prepared / name) for name, corpus in corpora.items()}
-        rows = [Packing(open_split(corpus, "train"), run.sequence_length) for corpus in prepared.values()]
+        for corpus in prepared.values():
+            check_vocabulary(corpus, base.model, base.tokenizer)
+        rows = [run.rows(corpus, "train") for corpus in prepared.values()]
         terminal.banner(
             "tune-router",
             {

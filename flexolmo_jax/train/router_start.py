@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from flexolmo_jax.data.packing import Packing, Rows, sample_rows
+from flexolmo_jax.data.packing import Rows, RowSource, sample_rows
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import PUBLIC, ModelConfig
 from flexolmo_jax.model.transformer import Build
@@ -62,7 +62,9 @@ class RouterStart:
         if (self.method == "embedding") != (self.embedding is not None):
             raise UserError("RouterStart.embedding names a file exactly if RouterStart.method is 'embedding'")
 
-    def begin(self, config: ModelConfig, build: Build, anchor: dict, own: Packing, public: Packing, seed: int) -> Start:
+    def begin(
+        self, config: ModelConfig, build: Build, anchor: dict, own: RowSource, public: RowSource, seed: int
+    ) -> Start:
         """The row and the bias to begin with.
 
         Args:
@@ -132,9 +134,9 @@ def discriminant(own: Moments, public: Moments, largest_gap: float, ridge: float
     return row, jnp.sum(row * (own.mean + public.mean) / 2, axis=-1)
 
 
-def router_input_moments(build: Build, anchor: dict, packing: Packing) -> Moments:
+def router_input_moments(build: Build, anchor: dict, text: RowSource) -> Moments:
     """Moments over up to `ROWS_READ` evenly spaced rows of text."""
-    rows = sample_rows(packing, ROWS_READ)
+    rows = sample_rows(text, ROWS_READ)
     sums, products = _sums(build, anchor, rows)
     mean = sums / rows.weights.sum()
     return Moments(mean, products / rows.weights.sum() - mean[:, :, None] * mean[:, None, :])

@@ -1,9 +1,12 @@
 """Settings that every job shares."""
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 
+from flexolmo_jax.data.mixture import open_rows
+from flexolmo_jax.data.packing import PACKINGS, TextRows
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.transformer import REMAT_POLICIES
 
@@ -18,6 +21,8 @@ class RunConfig:
       steps: optimizer steps.
       batch_size: rows of a batch, over all devices.
       sequence_length: tokens of a row.
+      packing: how documents become rows: "best_fit" packs them side by side, and none attends to another;
+        "concatenate" joins and cuts them, as OLMo-core does.
       seed: of initialisation and data order.
       accumulation: micro-batches that a batch is cut into, one after another.
       compute_dtype: "float32" or "bfloat16"; router, norms, softmax and the trained parameters stay float32.
@@ -31,6 +36,7 @@ class RunConfig:
     steps: int
     batch_size: int
     sequence_length: int
+    packing: str = "best_fit"
     seed: int = 0
     accumulation: int = 1
     compute_dtype: str = "float32"
@@ -48,10 +54,20 @@ class RunConfig:
             raise UserError(
                 f"RunConfig.accumulation is {self.accumulation}, which does not divide the batch size {self.batch_size}"
             )
+        if self.packing not in PACKINGS:
+            raise UserError(f"RunConfig.packing is {self.packing!r}, but must be one of {sorted(PACKINGS)}")
         if self.compute_dtype not in DTYPES:
             raise UserError(f"RunConfig.compute_dtype is {self.compute_dtype!r}, but must be one of {sorted(DTYPES)}")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"RunConfig.remat is {self.remat!r}, but must be one of {sorted(REMAT_POLICIES)}")
+
+    def rows(self, prepared: Path, split: str) -> TextRows:
+        """The rows of a split of a prepared text or mixture, packed for this run.
+
+        Raises:
+          UserError: there is no such text.
+        """
+        return open_rows(prepared, split, lambda documents: PACKINGS[self.packing](documents, self.sequence_length))
 
     @property
     def model_options(self) -> dict:

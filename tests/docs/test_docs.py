@@ -23,6 +23,11 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """What a page shows in such a block runs as it stands, in the page's order; anything else is shown in other blocks."""
 
 LEAVES = {
+    "bring_your_own_text.md": [
+        "runs/prepared/mine/manifest.json",
+        "runs/prepared/mixed/manifest.json",
+        "runs/mine/contribution/manifest.json",
+    ],
     "train_my_expert.md": ["runs/mine/contribution/manifest.json", "runs/mine_published/contribution/manifest.json"],
     "confine.md": ["runs/mine_confined/contribution/manifest.json"],
     "merge.md": [
@@ -39,6 +44,7 @@ LEAVES = {
 """Files that a page's commands must have written."""
 
 SAYS = {
+    "bring_your_own_text.md": ["train_documents", "runs/prepared/mine  0.75", "contribution"],
     "confine.md": ["exit code 2", "list my_text: allowed", "list math: Permission denied", "write: Permission denied"],
     "merge.md": ["public, math, code", "('public', 'math', 'unicode')", "differing  0"],
     "contributions.md": ["signed_by", "energy_kept"],
@@ -51,7 +57,7 @@ SAYS = {
 }
 """What a page's commands must have printed."""
 
-NEEDS_TRAINING = {"train_my_expert.md", "confine.md", "tune_router.md"}
+NEEDS_TRAINING = {"bring_your_own_text.md", "train_my_expert.md", "confine.md", "tune_router.md"}
 NEEDS_TRANSFORMERS = {"export.md"}
 SLOW = NEEDS_TRAINING | NEEDS_TRANSFORMERS | {"choose_experts.md"}
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 
-from flexolmo_jax.data.prepare import Documents
+from flexolmo_jax.data.tokens import Documents
 from flexolmo_jax.data.vocabulary import EOS_ID, encode
 from flexolmo_jax.model import ModelConfig, abstract_params
 
