@@ -22,6 +22,7 @@ MAY_IMPORT = {
     # the jobs
     "store": {"model"},
     "train": {"moe", "model", "parallel", "data", "store", "terminal"},
+    "domain": {"model", "parallel", "data", "store", "terminal"},
     "merge": {"store", "model"},
     "infer": {"model", "store", "parallel", "data"},
     "hf": {"store", "model", "infer", "data"},
@@ -45,12 +46,14 @@ AT_HOME = {
     "tensorflow": {"data"},
     "torch": {"hf"},
     "transformers": {"hf"},
+    "sentence_transformers": {"domain"},
+    "sklearn": {"domain"},
     "matplotlib": {"evaluate"},
     "orbax": {"store"},
 }
 """Libraries that only these rooms may import."""
 
-LAZY = {"seqio", "tensorflow", "torch", "transformers"}
+LAZY = {"seqio", "tensorflow", "torch", "transformers", "sentence_transformers", "sklearn"}
 """Libraries that take seconds to import, or that an extra installs: never imported when our modules are."""
 
 IMPORTS_TENSORFLOW = "data.tasks"

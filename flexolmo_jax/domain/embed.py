@@ -104,7 +104,9 @@ def embed_domain(
 def _from_files(vector: Path, public_vector: Path, width: int, seed: int) -> Embedding:
     own, public = read_vector(vector), read_vector(public_vector)
     if own.shape != public.shape:
-        raise UserError(f"{vector} holds {len(own):,} numbers, but {public_vector} {len(public):,}: they do not compare")
+        raise UserError(
+            f"{vector} holds {len(own):,} numbers, but {public_vector} {len(public):,}: they do not compare"
+        )
     return Embedding(project(own, width, seed)[None], project(public, width, seed)[None], None)
 
 

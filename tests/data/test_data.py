@@ -1,4 +1,4 @@
-"""Text to batches: corpora, splits, preparation, packing, order, decoys, proxies."""
+"""Text to batches: corpora, splits, preparation, packing, order, decoys."""
 
 import gzip
 import json
@@ -13,7 +13,6 @@ from flexolmo_jax.data.decoys import Decoys
 from flexolmo_jax.data.documents import read_documents, split_texts, text_files
 from flexolmo_jax.data.packing import Packing, sample_rows
 from flexolmo_jax.data.prepare import Documents, open_split, prepare
-from flexolmo_jax.data.proxies import select_proxies
 from flexolmo_jax.data.reading import batches, read_from
 from flexolmo_jax.data.splits import split_of
 from flexolmo_jax.data.vocabulary import EOS_ID, decode, encode
@@ -166,21 +165,6 @@ def test_a_bad_file_is_named_in_one_sentence(name, content, says, tmp_path):
     with pytest.raises(UserError, match=says) as refusal:
         list(read_documents(text_files(tmp_path)))
     assert name in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-def test_proxies_are_the_public_documents_most_like_the_owners(tmp_path):
-    def prepared(texts):
-        tokens = [np.array([*encode(text), EOS_ID], np.uint16) for text in texts]
-        return Documents(np.concatenate(tokens), np.concatenate([[0], np.cumsum([len(t) for t in tokens])]))
-
-    prose = [f"the cat number {n} sat on a mat and slept" for n in range(30)]
-    hidden = ["12 + 30 = 42", "7 + 8 = 15"]
-    own = prepared([f"{a} + {b} = {a + b}" for a in range(9) for b in range(9)])
-    assert select_proxies(own, prepared(prose + hidden), tmp_path / "proxies", share=2 / 32) == 2
-    with gzip.open(tmp_path / "proxies/train.jsonl.gz", "rt") as file:
-        assert sorted(json.loads(line)["text"] for line in file) == sorted(hidden)
-    with pytest.raises(UserError, match="share of proxies"):
-        select_proxies(own, own, tmp_path / "none", share=0)
 
 
 @pytest.mark.slow
