@@ -30,7 +30,7 @@ class Embedding(NamedTuple):
 
     own: Float[np.ndarray, "K D"]
     public: Float[np.ndarray, "K D"]
-    privacy: dict[str, float | str] | None
+    privacy: dict[str, float | str] | str
 
 
 def embed_domain(
@@ -69,7 +69,7 @@ def embed_domain(
 
     Returns:
       What to report: `embedding` and `public_embedding`, where they are; their `shape`; `source`; `cosine_to_public`,
-      one for each layer or one; `privacy`, what is promised, or None.
+      one for each layer or one; `privacy`, what is promised, or "none".
 
     Raises:
       UserError: a setting, a file, a corpus, the anchor or the encoder cannot be used; nothing is left behind.
@@ -107,7 +107,7 @@ def _from_files(vector: Path, public_vector: Path, width: int, seed: int) -> Emb
         raise UserError(
             f"{vector} holds {len(own):,} numbers, but {public_vector} {len(public):,}: they do not compare"
         )
-    return Embedding(project(own, width, seed)[None], project(public, width, seed)[None], None)
+    return Embedding(project(own, width, seed)[None], project(public, width, seed)[None], "none")
 
 
 def _from_texts(
@@ -124,10 +124,12 @@ def _from_texts(
         raise UserError("the encoder gives values that are not finite")
     if own.shape[-1] > width:  # before noise is added, because noise is the louder the wider the space it fills
         own, public = project(own, width, seed), project(public, width, seed)
-    mean, promised = own.mean(axis=0), None
-    if privacy is not None:
-        mean, promised = privacy.mean(own, public, documents)
-    return Embedding(project(mean, width, seed), project(public.mean(axis=0), width, seed), promised)
+    public_mean = project(public.mean(axis=0), width, seed)
+    if privacy is None:
+        return Embedding(project(own.mean(axis=0), width, seed), public_mean, "none")
+    mean, promised = privacy.mean(own, public, documents)
+    terminal.banner("private mean", promised)
+    return Embedding(project(mean, width, seed), public_mean, promised)
 
 
 def _write(embedding: Embedding, source: str, out: Path, *, overwrite: bool) -> dict[str, Any]:

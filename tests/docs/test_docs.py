@@ -26,6 +26,7 @@ LEAVES = {
     "train_my_expert.md": ["runs/mine/contribution/manifest.json", "runs/mine_published/contribution/manifest.json"],
     "confine.md": ["runs/mine_confined/contribution/manifest.json"],
     "merge.md": ["runs/math_and_code/manifest.json", "runs/math_and_unicode/manifest.json"],
+    "embed_domain.md": ["runs/domain_private/embedding.json", "runs/mine_embedded/contribution/manifest.json"],
     "tune_router.md": ["runs/proxies/math/train.jsonl.gz", "runs/tuned/merged/manifest.json"],
     "choose_experts.md": ["runs/evaluation/report.json", "runs/evaluation/opt_out.png"],
     "export.md": ["runs/hf/all/model.safetensors", "runs/hf/math/config.json"],
@@ -36,6 +37,7 @@ SAYS = {
     "confine.md": ["exit code 2", "list my_text: allowed", "list math: Permission denied", "write: Permission denied"],
     "merge.md": ["public, math, code", "('public', 'math', 'unicode')"],
     "choose_experts.md": ["'U+4E2D' goes on", "expert:math", "merged:without:code", ", 264)"],
+    "embed_domain.md": ["cosine_to_public", "one document added, removed or replaced"],
     "tune_router.md": ['"router_tuned_on": ["math", "code"]'],
     "export.md": ["FlexOlmoForCausalLM", "max_difference"],
     "formats.md": ["merged", '"tokens_seen": 10'],
@@ -43,7 +45,7 @@ SAYS = {
 }
 """What a page's commands must have printed."""
 
-NEEDS_TRAINING = {"train_my_expert.md", "confine.md", "tune_router.md"}
+NEEDS_TRAINING = {"train_my_expert.md", "embed_domain.md", "confine.md", "tune_router.md"}
 NEEDS_TRANSFORMERS = {"export.md"}
 SLOW = NEEDS_TRAINING | NEEDS_TRANSFORMERS | {"choose_experts.md"}
 
@@ -62,10 +64,8 @@ def test_commands_of_a_page_run_as_written(page, request):
     if page in NEEDS_TRANSFORMERS:
         pytest.importorskip("transformers")
         pytest.importorskip("torch")
-    if page == "tune_router.md":
-        request.getfixturevalue("prepared")
     shell = request.getfixturevalue("shell")
-    if page == "confine.md":  # It goes on with the job file of another page.
+    if page in ("confine.md", "embed_domain.md"):  # They go on with the job file of another page.
         shell.write("my_job.gin", JOB)
     else:
         shell.make_demo_sizes_smaller()
