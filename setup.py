@@ -54,7 +54,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "hf": ["transformers>=5,<6", "torch>=2.10,<3"],
-        "encoder": ["sentence-transformers>=5.2,<6"],
+        "encoder": ["sentence-transformers>=5.7,<6"],
         "eval": ["lm-eval>=0.4.9,<0.5"],
         "privacy": ["jax-privacy>=2,<3"],
         "serve": ["starlette>=1,<2", "uvicorn>=0.40,<1"],

@@ -68,8 +68,8 @@ def embed_domain(
       overwrite: whether an existing `out` is replaced.
 
     Returns:
-      What to report: `embedding` and `public_embedding`, where they are; their `shape`; `source`; `cosine_to_public`,
-      one for each layer or one; `privacy`, what is promised, or "none".
+      What to report: `embedding` and `public_embedding`, where they are; their `shape`; `source`, which is "anchor",
+      "encoder" or "vector"; `cosine_to_public`, one for each layer or one; `privacy`, what is promised, or "none".
 
     Raises:
       UserError: a setting, a file, a corpus, the anchor or the encoder cannot be used; nothing is left behind.
@@ -77,17 +77,20 @@ def embed_domain(
     for name, value in (("documents", documents), ("tokens", tokens)):
         if value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1")
+    if privacy is not None:
+        privacy.check(documents)
     refuse_existing(out, overwrite=overwrite)
     width = manifest.read(anchor, "anchor").model.width
     given = {"--text": text, "--public_text": public_text, "--vector": vector, "--public_vector": public_vector}
     if vector is not None and public_vector is not None and text is None and public_text is None:
         if encoder is not None or privacy is not None:
             raise UserError("a vector that is given leaves nothing to encode or to make private: give text instead")
-        source, embedding = vector, _from_files(vector, public_vector, width, projection_seed)
+        source, embedding = "vector", _from_files(vector, public_vector, width, projection_seed)
     elif text is not None and public_text is not None and vector is None and public_vector is None:
-        source = encoder or anchor
+        source = "anchor" if encoder is None else "encoder"
         encode = anchor_encoder(anchor, tokens, mesh) if encoder is None else text_encoder(encoder)
-        terminal.banner("embed-domain", {"by": source, "text": text, "public text": public_text, "width": width})
+        by = {"by": encoder or anchor, "text": text, "public text": public_text}
+        terminal.banner("embed-domain", by | {"width": width, "out": out})
         own_texts, public_texts = sample_of(text, documents), sample_of(public_text, documents)
         if privacy is not None and len(own_texts) < documents:
             terminal.say(
@@ -98,7 +101,7 @@ def embed_domain(
     else:
         found = ", ".join(name for name, value in given.items() if value is not None) or "neither"
         raise UserError(f"give --text and --public_text, or --vector and --public_vector, but not {found}")
-    return _write(embedding, str(source), out, overwrite=overwrite)
+    return _write(embedding, source, out, overwrite=overwrite)
 
 
 def _from_files(vector: Path, public_vector: Path, width: int, seed: int) -> Embedding:

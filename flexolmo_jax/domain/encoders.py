@@ -83,12 +83,12 @@ def _batches(documents: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray
     for length, numbers in by_length.items():
         for start in range(0, len(numbers), AT_ONCE):
             rows = numbers[start : start + AT_ONCE]
-            ids = np.full((AT_ONCE, length), vocabulary.PAD_ID, np.int32)
+            padded = np.full((AT_ONCE, length), vocabulary.PAD_ID, np.int32)
             lengths = np.ones(AT_ONCE, np.int32)
             for row, number in enumerate(rows):
                 lengths[row] = len(documents[number])
-                ids[row, : lengths[row]] = documents[number]
-            yield rows, ids, lengths
+                padded[row, : lengths[row]] = documents[number]
+            yield rows, padded, lengths
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -41,6 +41,14 @@ class PrivateMean:
             if not least <= value <= most:
                 raise UserError(f"PrivateMean.{field} must lie between {least:g} and {most:g}, but it is {value}")
 
+    def check(self, documents: int) -> None:
+        """Raises UserError if delta is so large that publishing one of so many documents whole would satisfy it."""
+        if self.delta >= 1 / documents:
+            raise UserError(
+                f"PrivateMean.delta is {self.delta}, but must be below 1 / {documents:,}, one over the number of "
+                "documents: with a larger one, publishing a document at random would count as private"
+            )
+
     def mean(
         self, own: Float[np.ndarray, "N K E"], public: Float[np.ndarray, "M K E"], documents: int
     ) -> tuple[Float[np.ndarray, "K E"], dict[str, float | str]]:
@@ -58,13 +66,9 @@ class PrivateMean:
           The mean, and what was promised: nothing in it depends on the owner's text but through the mean.
 
         Raises:
-          UserError: delta is so large that publishing a whole document at random would satisfy it.
+          UserError: as `check` does.
         """
-        if self.delta >= 1 / documents:
-            raise UserError(
-                f"PrivateMean.delta is {self.delta}, but must be below 1 / {documents:,}, one over the number of "
-                "documents: with a larger one, publishing a document at random would count as private"
-            )
+        self.check(documents)
         centre = public.astype(np.float64).mean(axis=0)
         bounds = self.clip * np.median(np.linalg.norm(public - centre, axis=-1), axis=0)
         bounds = np.where(bounds > 0, bounds, 1.0)
@@ -72,7 +76,7 @@ class PrivateMean:
         noise = multiplier * SENSITIVITY * math.sqrt(len(bounds)) / documents
         mean = clipped_sum(own - centre, bounds) / documents
         mean += noise * bounds[:, None] * standard_normal(mean.shape)
-        promised = {
+        promised: dict[str, float | str] = {
             "epsilon": self.epsilon,
             "delta": self.delta,
             "unit": "one document",

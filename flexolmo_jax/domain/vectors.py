@@ -53,4 +53,4 @@ def cosine(a: Float[np.ndarray, "*K D"], b: Float[np.ndarray, "*K D"]) -> Float[
     """Cosine of the angle between vectors; 0 where one of them is zero."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.sum(a * b, axis=-1) / np.where(lengths > 0, lengths, 1.0)
+    return np.asarray(np.sum(a * b, axis=-1) / np.where(lengths > 0, lengths, 1.0))

@@ -12,8 +12,7 @@ from flexolmo_jax.domain.diversity import RIDGE, diverse
 
 
 def kernel(relevance, features):
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    similarity = (1 - RIDGE) * unit @ unit.T + RIDGE * np.eye(len(unit))
+    similarity = (1 - RIDGE) * features @ features.T + RIDGE * np.eye(len(features))
     return relevance[:, None] * similarity * relevance[None]
 
 
@@ -23,7 +22,8 @@ def log_det(matrix, chosen):
 
 def candidates(seed, count, width):
     rng = np.random.default_rng(seed)
-    return rng.uniform(0.1, 1.0, count), rng.standard_normal((count, width)) + 0.5
+    relevance, features = rng.uniform(0.1, 1.0, count), rng.standard_normal((count, width)) + 0.5
+    return relevance, features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 12), width=st.integers(1, 8), most=st.integers(1, 12))

@@ -86,7 +86,7 @@ def test_vectors_from_files_are_taken_in_any_width(width, place, tmp_path):
     if width == 16:
         np.testing.assert_array_equal(found, own.astype(np.float32))
     if width <= 16:
-        assert result["cosine_to_public"] == pytest.approx([cosine(own, public)], abs=1e-5)
+        assert result["cosine_to_public"] == pytest.approx([float(cosine(own, public))], abs=1e-5)
 
 
 @pytest.mark.parametrize("by", ["anchor", "encoder"])

@@ -1,5 +1,6 @@
 """What encoders make of documents, against the models that they wrap, asked one document at a time."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ TEXTS = [*PROSE[:3], *SUMS[:9], "x", "é" * 300]
 
 def test_the_anchor_gives_each_documents_mean_router_inputs(place):
     manifest, params = checkpoint.load(place / "anchor", "anchor")
-    model = builder(manifest.model, (PUBLIC,))(params)
+    model = builder(manifest.model, (PUBLIC,))(jax.tree.map(jnp.asarray, params))
     found = anchor_encoder(place / "anchor", 48, MeshConfig())(TEXTS)
     assert found.shape == (len(TEXTS), 2, 16)
     for vectors, text in zip(found, TEXTS, strict=True):
@@ -51,7 +52,7 @@ def test_a_hugging_face_encoder_gives_its_mean_last_hidden_state(hf_encoder):
 def test_a_sentence_transformers_model_pools_in_its_own_way(hf_encoder, tmp_path):
     import torch
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from transformers import AutoModel, AutoTokenizer
 
     parts = [Transformer(str(hf_encoder)), Pooling(12, pooling_mode="cls"), Normalize()]
