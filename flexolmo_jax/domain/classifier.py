@@ -14,7 +14,7 @@ from flexolmo_jax.domain.sampling import hashed
 from flexolmo_jax.errors import UserError
 
 FOLDS = 5
-_BUCKETS = 2**18
+_BUCKETS = 2**16
 
 Featurize = Callable[[Sequence[str]], Any]
 """Features of documents, [N, E], dense or sparse."""
