@@ -110,7 +110,8 @@ def _from_files(vector: Path, public_vector: Path, width: int, seed: int) -> Emb
         raise UserError(
             f"{vector} holds {len(own):,} numbers, but {public_vector} {len(public):,}: they do not compare"
         )
-    return Embedding(project(own, width, seed)[None], project(public, width, seed)[None], "none")
+    own, public = project(np.stack([own, public]), width, seed)
+    return Embedding(own[None], public[None], "none")
 
 
 def _from_texts(
@@ -126,13 +127,14 @@ def _from_texts(
     if not (np.all(np.isfinite(own)) and np.all(np.isfinite(public))):
         raise UserError("the encoder gives values that are not finite")
     if own.shape[-1] > width:  # before noise is added, because noise is the louder the wider the space it fills
-        own, public = project(own, width, seed), project(public, width, seed)
-    public_mean = project(public.mean(axis=0), width, seed)
-    if privacy is None:
-        return Embedding(project(own.mean(axis=0), width, seed), public_mean, "none")
-    mean, promised = privacy.mean(own, public, documents)
-    terminal.banner("private mean", promised)
-    return Embedding(project(mean, width, seed), public_mean, promised)
+        own, public = np.split(project(np.concatenate([own, public]), width, seed), [len(own)])
+    mean: np.ndarray = own.mean(axis=0)
+    promised: dict[str, float | str] | str = "none"
+    if privacy is not None:
+        mean, promised = privacy.mean(own, public, documents)
+        terminal.banner("private mean", promised)
+    mean, public_mean = project(np.stack([mean, public.mean(axis=0)]), width, seed)
+    return Embedding(mean, public_mean, promised)
 
 
 def _write(embedding: Embedding, source: str, out: Path, *, overwrite: bool) -> dict[str, Any]:
