@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexolmo_jax import terminal
-from flexolmo_jax.data.documents import split_texts
 from flexolmo_jax.domain.classifier import Classifier, Featurize, encoded_features, ngram_features
 from flexolmo_jax.domain.diversity import diverse
 from flexolmo_jax.domain.encoders import anchor_encoder, text_encoder
-from flexolmo_jax.domain.sampling import document_id, sample_of
+from flexolmo_jax.domain.sampling import document_id, sample_of, training_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.parallel import MeshConfig
 from flexolmo_jax.store.directories import complete_directory, refuse_existing
@@ -105,7 +104,7 @@ def select_proxies(
     refuse_existing(out, overwrite=overwrite)
     if anchor is not None and encoder is not None:
         raise UserError("give --anchor or --encoder, not both: the classifier is given the features of one")
-    count = max(1, round(selection.share * _count(text)))
+    count = max(1, round(selection.share * _count(training_documents(text))))
     own, public = (sample_of(corpus, selection.documents) for corpus in (text, public_text))
     terminal.banner(
         "select-proxies",
@@ -114,7 +113,7 @@ def select_proxies(
     featurize = _featurizer(selection, mesh, anchor, encoder)
     classifier = Classifier(own, public, featurize)
     pool = count * (selection.pool if selection.method == "diverse" else 1)
-    candidates = _best(_scored(classifier, _documents(public_text), _count(public_text)), pool)
+    candidates = _best(_scored(classifier, public_text), pool)
     if selection.method == "diverse":
         relevance = 1 / (1 + np.exp(-np.array([candidate.score for candidate in candidates])))
         features = featurize([candidate.text for candidate in candidates])
@@ -132,15 +131,12 @@ def _featurizer(selection: ProxySelection, mesh: MeshConfig, anchor: Path | None
     return ngram_features(selection.characters)
 
 
-def _documents(corpus: Path) -> Iterator[str]:
-    return (text for text in split_texts(corpus, "train") if text.strip())
+def _count(texts: Iterable[str]) -> int:
+    return sum(1 for _ in texts)
 
 
-def _count(corpus: Path) -> int:
-    return sum(1 for _ in _documents(corpus))
-
-
-def _scored(classifier: Classifier, texts: Iterator[str], total: int) -> Iterator[Candidate]:
+def _scored(classifier: Classifier, corpus: Path) -> Iterator[Candidate]:
+    texts, total = training_documents(corpus), _count(training_documents(corpus))
     with terminal.Progress("score public documents", total) as progress:
         for first in itertools.count(0, SCORED_AT_ONCE):
             if not (chunk := list(itertools.islice(texts, SCORED_AT_ONCE))):

@@ -2,7 +2,7 @@
 
 import hashlib
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flexolmo_jax.data.documents import split_texts
@@ -28,13 +28,22 @@ def sample(texts: Iterable[str], count: int) -> list[str]:
     return heapq.nsmallest(count, texts, key=lambda text: hashed(text, b"sample"))
 
 
+def training_documents(corpus: Path) -> Iterator[str]:
+    """The documents that a corpus has to train on, blank ones left out.
+
+    Raises:
+      UserError: the corpus is missing or unreadable.
+    """
+    return (text for text in split_texts(corpus, "train") if text.strip())
+
+
 def sample_of(corpus: Path, count: int) -> list[str]:
-    """A sample of the documents that a corpus has to train on, blank ones left out.
+    """A sample of a corpus's training documents.
 
     Raises:
       UserError: the corpus is missing or unreadable, or has no such document.
     """
-    texts = sample((text for text in split_texts(corpus, "train") if text.strip()), count)
+    texts = sample(training_documents(corpus), count)
     if not texts:
         raise UserError(f"the corpus {corpus} has no document to train on")
     return texts
