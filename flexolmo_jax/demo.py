@@ -25,7 +25,6 @@ LICENCE = "PSF-2.0"
 """Of everything that is made from the Python distribution."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "demo"
-PROXY_SHARE = 0.02
 PROMPTS = {"code": "def close(self):\n", "math": "remainder by 5 of 471:", "unicode": "U+4E2D"}
 NEW_TOKENS = 48
 QUESTIONS = 100
@@ -127,16 +126,10 @@ class Road:
 
     def tune_router(self) -> None:
         """Each owner picks its proxies out of the public text; the coordinator tunes the router on them."""
-        from flexolmo_jax.data.prepare import open_split
-        from flexolmo_jax.data.proxies import select_proxies
-
-        proxies = {}
-        for owner in OWNERS:
-            prepared = self.out / "owners" / owner / "prepared"
-            proxies[owner] = self.out / "owners" / owner / "proxies"
-            own, public = (open_split(prepared / part, "train") for part in ("own", "public"))
-            if not proxies[owner].exists():
-                select_proxies(own, public, proxies[owner], share=PROXY_SHARE)
+        proxies = {owner: self.out / "owners" / owner / "proxies" for owner in OWNERS}
+        for owner, directory in proxies.items():
+            if not directory.exists():
+                self.select_proxies(owner, directory)
         run_stage(
             "tune-router",
             f"--gin_file={CONFIGS / 'router.gin'}",
@@ -145,6 +138,21 @@ class Road:
             f"--gin.PROXIES={ {owner: str(directory) for owner, directory in proxies.items()}!r}",
             "--out",
             self.out / "router_tuned",
+        )
+
+    def select_proxies(self, owner: str, out: Path) -> None:
+        """Runs where only the public corpus and the owner's own can be read."""
+        inputs = [self.corpora / owner, self.corpora / "public"]
+        run_stage(
+            "select-proxies",
+            f"--gin_file={CONFIGS / 'proxies.gin'}",
+            "--text",
+            inputs[0],
+            "--public_text",
+            inputs[1],
+            "--out",
+            out,
+            confined_to=(inputs, [out.parent]),
         )
 
     def evaluate(self) -> dict[str, Any]:

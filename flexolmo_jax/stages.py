@@ -92,6 +92,15 @@ EXPERTS = Flag(
     "--experts", "names of the permitted experts, such as public,math (default: all)", "experts", {"type": names}
 )
 TOP_K = Flag("--top_k", "experts per token (default: the model's own)", "top_k", {"type": int})
+ANCHOR = Flag("--anchor", "directory of the anchor", "anchor", {"type": Path})
+TEXT = Flag("--text", "the owner's corpus: a directory or a file", "text", {"type": Path})
+PUBLIC_TEXT = Flag("--public_text", "public corpus", "public_text", {"type": Path})
+ENCODER = Flag(
+    "--encoder",
+    "directory of a sentence-transformers model or a Hugging Face encoder, to embed documents with",
+    "encoder",
+    {"type": Path},
+)
 CONTRIBUTION_HELP = "directory of a contribution; repeat it for more"
 CHECKPOINT = Flag("CHECKPOINT", "directory of an anchor or a merged model", "checkpoint", {"type": Path})
 CONTRIBUTION = Flag("DIR", "directory of a contribution", "contribution", {"type": Path})
@@ -141,11 +150,40 @@ STAGES: dict[str, Stage] = {
         flags=(OUT, OVERWRITE),
         gin=True,
     ),
+    "embed-domain": Stage(
+        summary="embed an owner's text as one vector, for its router row to begin at",
+        function="flexolmo_jax.domain:embed_domain",
+        flags=(
+            ANCHOR,
+            TEXT,
+            PUBLIC_TEXT,
+            ENCODER,
+            Flag("--vector", "in place of text: .npy file of a vector that embeds it", "vector", {"type": Path}),
+            Flag("--public_vector", "the same of public text", "public_vector", {"type": Path}),
+            Flag("--documents", "most documents to read of each (default: 1000)", "documents", {"type": int}),
+            OUT,
+            OVERWRITE,
+        ),
+        gin=True,
+    ),
+    "select-proxies": Stage(
+        summary="choose the public documents that resemble an owner's text, to tune a router on",
+        function="flexolmo_jax.domain:select_proxies",
+        flags=(
+            TEXT,
+            PUBLIC_TEXT,
+            dataclasses.replace(ANCHOR, help="directory of an anchor, to embed documents with (default: n-grams)"),
+            ENCODER,
+            OUT,
+            OVERWRITE,
+        ),
+        gin=True,
+    ),
     "merge": Stage(
         summary="merge an anchor and contributions into one model, or change the experts of a merged one",
         function="flexolmo_jax.commands:merge",
         flags=(
-            Flag("--anchor", "directory of the anchor", "anchor", {"type": Path}),
+            ANCHOR,
             Flag(
                 "--contribution",
                 f"{CONTRIBUTION_HELP}, in the order the experts shall have",

@@ -8,7 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from jaxtyping import install_import_hook
 
 # Arrays' shapes are checked against the signatures in these rooms, only while testing: a user does not pay for it.
-ROOMS_WITH_SHAPES = ("moe", "model", "parallel", "train", "infer")
+ROOMS_WITH_SHAPES = ("moe", "model", "parallel", "train", "domain", "infer")
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"flexolmo_jax.{room}" for room in ROOMS_WITH_SHAPES], CHECKER)
 

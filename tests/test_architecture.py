@@ -23,6 +23,7 @@ MAY_IMPORT = {
     # the jobs
     "store": {"model"},
     "train": {"moe", "model", "parallel", "data", "store", "terminal"},
+    "domain": {"model", "parallel", "data", "store", "terminal"},
     "merge": {"store", "model"},
     "infer": {"model", "store", "parallel", "data"},
     "hf": {"store", "model", "infer", "data", "terminal"},
@@ -53,13 +54,25 @@ AT_HOME = {
     "tensorflow": {"data"},
     "torch": {"hf"},
     "transformers": {"hf"},
+    "sentence_transformers": {"domain"},
+    "sklearn": {"domain"},
     "matplotlib": {"evaluate", "plan"},
     "orbax": {"store"},
     "cryptography": {"store"},
 }
 """Libraries that only these rooms may import."""
 
-LAZY = {"apache_beam", "datasketch", "pyarrow", "seqio", "tensorflow", "torch", "transformers"}
+LAZY = {
+    "apache_beam",
+    "datasketch",
+    "pyarrow",
+    "sentence_transformers",
+    "seqio",
+    "sklearn",
+    "tensorflow",
+    "torch",
+    "transformers",
+}
 """Libraries that take seconds to import, or that an extra installs: never imported when our modules are."""
 
 IMPORTS_TENSORFLOW = "data.tasks"

@@ -37,11 +37,11 @@ class RouterStart:
     Attributes:
       method: "contrast" is the anchor's mean router input per layer on the owner's text less that on public text;
         "discriminant" is the same measured against the spread of both (see `discriminant`); "mean" is the owner's mean
-        alone; "embedding" is one vector for all layers, read from a file; "random" is small noise.
+        alone; "embedding" is read from a file, as `flexolmo embed-domain` writes it; "random" is small noise.
       bias: the bias in every layer, not positive.
       largest_gap: for "discriminant", the most that the logits of mean owner's and mean public text may differ by.
       ridge: for "discriminant", the share of the mean variance that is added to every variance.
-      embedding: for "embedding", a `.npy` file of a float vector [D], such as a mean document embedding.
+      embedding: for "embedding", a `.npy` file of one float vector for all layers, [D], or one for each, [L, D].
       public_embedding: the same of public text, which is then subtracted; None for none.
       random_std: for "random", the standard deviation of the noise.
     """
@@ -76,17 +76,19 @@ class RouterStart:
           seed: of the noise.
 
         Raises:
-          UserError: an embedding's file is not a vector of the anchor's width.
+          UserError: an embedding's file does not hold finite numbers in the anchor's shape.
         """
         shape = config.layers, config.width
         bias = jnp.full(config.layers, self.bias)
         if self.method == "random":
             return Start(self.random_std * jax.random.normal(jax.random.key(seed), shape), bias)
         if self.embedding is not None:
-            vector = _read_vector(self.embedding, config.width)
+            row = _read_rows(self.embedding, shape)
             if self.public_embedding:
-                vector = vector - _read_vector(self.public_embedding, config.width)
-            return Start(jnp.broadcast_to(jnp.asarray(vector), shape), bias)
+                row = row - _read_rows(self.public_embedding, shape)
+            if config.bias_channel:  # what an embedding holds there says nothing of the text and would be a bias
+                row = row.at[:, 0].set(0.0)
+            return Start(row, bias)
         mine = router_input_moments(build, anchor, own)
         if self.method == "mean":
             return Start(mine.mean, bias)
@@ -159,11 +161,14 @@ def _sums(build: Build, params: dict, rows: Rows) -> tuple[Array, Array]:
     return sums
 
 
-def _read_vector(file: Path, width: int) -> np.ndarray:
+def _read_rows(file: Path, shape: tuple[int, int]) -> Float[Array, "L D"]:
+    """One row per layer from a file that holds as many, or one for all."""
     try:
-        vector = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        rows = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read the embedding {file}: {error}") from error
-    if vector.shape != (width,):
-        raise UserError(f"the embedding {file} has shape {vector.shape}, but the anchor needs ({width},)")
-    return vector.astype(np.float32)
+    if rows.shape not in (shape, shape[1:]):
+        raise UserError(f"the embedding {file} has shape {rows.shape}, but the anchor needs {shape[1:]} or {shape}")
+    if rows.dtype.kind not in "fiu" or not np.all(np.isfinite(rows)):
+        raise UserError(f"the embedding {file} holds something that is not a finite number")
+    return jnp.broadcast_to(jnp.asarray(rows, jnp.float32), shape)

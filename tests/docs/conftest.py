@@ -68,17 +68,6 @@ def demo(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def prepared(demo) -> Path:
-    """The same, with what the owners' jobs leave in `prepared/`."""
-    from flexolmo_jax.data.prepare import prepare
-
-    for owner in OWNERS:
-        for part, corpus in (("own", owner), ("public", "public")):
-            prepare(demo / "runs/demo/corpora" / corpus, demo / "runs/demo/owners" / owner / "prepared" / part)
-    return demo
-
-
 class Shell:
     """Runs commands in a directory as a reader of the documentation would.
 

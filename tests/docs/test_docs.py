@@ -30,6 +30,7 @@ LEAVES = {
     ],
     "train_my_expert.md": ["runs/mine/contribution/manifest.json", "runs/mine_published/contribution/manifest.json"],
     "confine.md": ["runs/mine_confined/contribution/manifest.json"],
+    "embed_domain.md": ["runs/domain_private/embedding.json", "runs/mine_embedded/contribution/manifest.json"],
     "merge.md": [
         "runs/math_and_code/manifest.json",
         "runs/math_and_unicode/manifest.json",
@@ -49,6 +50,7 @@ SAYS = {
     "merge.md": ["public, math, code", "('public', 'math', 'unicode')", "differing  0"],
     "contributions.md": ["signed_by", "energy_kept"],
     "choose_experts.md": ["'U+4E2D' goes on", "expert:math", "merged:without:code", ", 264)"],
+    "embed_domain.md": ["cosine_to_public", "one document added, removed or replaced"],
     "tune_router.md": ['"router_tuned_on": ["math", "code"]'],
     "export.md": ["FlexOlmoForCausalLM", "max_difference"],
     "import.md": ["array_bytes", "public, math, code"],
@@ -57,7 +59,7 @@ SAYS = {
 }
 """What a page's commands must have printed."""
 
-NEEDS_TRAINING = {"bring_your_own_text.md", "train_my_expert.md", "confine.md", "tune_router.md"}
+NEEDS_TRAINING = {"bring_your_own_text.md", "train_my_expert.md", "embed_domain.md", "confine.md", "tune_router.md"}
 NEEDS_TRANSFORMERS = {"export.md"}
 SLOW = NEEDS_TRAINING | NEEDS_TRANSFORMERS | {"choose_experts.md"}
 
@@ -76,10 +78,8 @@ def test_commands_of_a_page_run_as_written(page, request):
     if page in NEEDS_TRANSFORMERS:
         pytest.importorskip("transformers")
         pytest.importorskip("torch")
-    if page == "tune_router.md":
-        request.getfixturevalue("prepared")
     shell = request.getfixturevalue("shell")
-    if page == "confine.md":  # It goes on with the job file of another page.
+    if page in ("confine.md", "embed_domain.md"):  # They go on with the job file of another page.
         shell.write("my_job.gin", JOB)
     else:
         shell.make_demo_sizes_smaller()
