@@ -184,9 +184,10 @@ def assemble(
             try:
                 return assembly.run(writers, memory_budget // writers)
             except (UserError, OSError) as error:
-                if isinstance(error, FileNotFoundError) and not work.exists():
-                    return assembly.finished_by_another()
+                finished = isinstance(error, FileNotFoundError) and not (work / _RESULT).exists()
                 _remove(work)
+                if finished:
+                    return assembly.finished_by_another()
                 raise
 
 
@@ -226,6 +227,9 @@ class _Assembly:
     def _outline(self) -> None:
         with self._locked("outline", wait=True):
             if not (self._arrays / STATE).exists():
+                # Receipts without it are those of a result that was put in place by a process killed right after.
+                shutil.rmtree(self._work / _RECEIPTS)
+                (self._work / _RECEIPTS).mkdir()
                 fresh = self._work / "outline"
                 shutil.rmtree(fresh, ignore_errors=True)
                 arrays.outline(fresh, self._sources)

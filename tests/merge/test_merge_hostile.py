@@ -18,7 +18,6 @@ from flexolmo_jax.store import contribution
 from flexolmo_jax.store.manifest import read
 from tests.small import write_anchor, write_contribution
 
-
 GATE = "arrays/state/experts.math.gate"
 
 

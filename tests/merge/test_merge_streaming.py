@@ -186,6 +186,15 @@ def test_a_merge_goes_on_where_it_was_stopped(parts, tmp_path, monkeypatch):
     assert content(tmp_path / "merged") == content(parts / "merged") and nothing_beside(tmp_path / "merged")
 
 
+def test_receipts_of_a_result_that_is_in_place_already_are_void(parts, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("flexolmo_jax.store.assembly._remove", lambda work: None)  # As if killed just before.
+        merge_all(parts, tmp_path / "merged")
+    assert not nothing_beside(tmp_path / "merged")
+    merge_all(parts, tmp_path / "merged", overwrite=True)
+    assert content(tmp_path / "merged") == content(parts / "merged") and nothing_beside(tmp_path / "merged")
+
+
 def test_what_another_merge_left_behind_is_swept_away(parts, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
