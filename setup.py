@@ -47,6 +47,7 @@ setup(
         "jaxtyping>=0.3.11,<0.4",
         "safetensors>=0.8,<0.9",
         "tokenizers>=0.23.1,<0.24",
+        "cryptography>=46,<51",
         "matplotlib>=3.10,<4",
         "rich>=14,<16",
     ],

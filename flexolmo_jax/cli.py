@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
+    arguments = _join_words_of_stage(arguments)
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     if name is not None and name not in STAGES:
         raise UserError(f"there is no stage {name!r}; {did_you_mean(name, STAGES)}")
@@ -72,6 +73,15 @@ def _run(arguments: Sequence[str]) -> None:
         print(json.dumps(_plain(result)))
     elif text := _text(result, stage):
         print(text)
+
+
+def _join_words_of_stage(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a stage of two words, such as `contribution verify`, as one of them."""
+    joined = list(arguments)
+    at = next((number for number, each in enumerate(joined) if not each.startswith("-")), len(joined))
+    if any(name.startswith(f"{word} ") for name in STAGES for word in joined[at : at + 1]):
+        joined[at : at + 2] = [" ".join(joined[at : at + 2])]
+    return joined
 
 
 def _call(stage: Stage, gin_files: Sequence[str], gin_flags: Sequence[str], given: Mapping[str, Any]) -> Any:

@@ -1,19 +1,116 @@
 """The stages with plain flags: each calls the library and returns what there is to report."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.errors import UserError
+
 
 def merge(
-    *, anchor: Path, contributions: Sequence[Path], out: Path, top_k: int | None = None, overwrite: bool = False
+    *,
+    out: Path,
+    anchor: Path | None = None,
+    contributions: Sequence[Path] = (),
+    model: Path | None = None,
+    add: Sequence[Path] = (),
+    remove: Sequence[str] = (),
+    replace: Sequence[Path] = (),
+    top_k: int | None = None,
+    signed_by: Mapping[str, Path] | None = None,
+    memory_budget: int | None = None,
+    writers: int | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """See `flexolmo_jax.merge.merge`."""
+    """See `flexolmo_jax.merge.merge` and, for `model`, `flexolmo_jax.merge.revise`."""
     from flexolmo_jax.merge import merge as merge_into
+    from flexolmo_jax.merge import revise
 
-    manifest = merge_into(anchor, contributions, out, top_k=top_k, overwrite=overwrite)
+    if anchor is not None and model is not None:
+        raise UserError("merge takes either --anchor, with contributions, or --model, with what to change in it")
+    options: dict[str, Any] = {
+        "top_k": top_k,
+        "signed_by": signed_by,
+        "memory_budget": memory_budget,
+        "writers": writers,
+        "verify": verify,
+        "overwrite": overwrite,
+    }
+    if anchor is not None:
+        if add or remove or replace:
+            raise UserError("--add, --remove and --replace change a merged --model; to an --anchor go --contribution")
+        manifest = merge_into(anchor, contributions, out, **options)
+    elif model is not None:
+        if contributions:
+            raise UserError("--contribution goes with an --anchor; --add it to a merged --model")
+        manifest = revise(model, out, add=add, remove=remove, replace=replace, **options)
+    else:
+        raise UserError("merge needs either --anchor, with contributions, or --model, with what to change in it")
     return {"merged": out, "experts": manifest.names, "top_k": manifest.top_k, "anchor": manifest.anchor}
+
+
+def verify_contribution(*, contribution: Path, anchor: Path, signed_by: Path | None = None) -> dict[str, Any]:
+    """Checks a contribution as a merge would."""
+    from flexolmo_jax.store import contribution as contributions
+    from flexolmo_jax.store.manifest import read
+
+    checked = contributions.verify(contribution, read(anchor, "anchor"), signed_by=signed_by)
+    record = checked.record
+    return {
+        "contribution": contribution,
+        "expert": record.name,
+        "owner": record.owner,
+        "licence": record.licence,
+        "rank": "full" if record.rank is None else record.rank,
+        "arrays": len(checked.leaves),
+        "bytes": sum(leaf.layout.nbytes for leaf in checked.leaves.values()),
+        "fingerprint": record.contribution,
+        "signed_by": record.signed_by or "not asked",
+    }
+
+
+def create_keys(*, private_key: Path) -> dict[str, Any]:
+    """Makes a pair of keys to sign contributions with."""
+    from flexolmo_jax.store import signing
+
+    public = signing.create_keys(private_key)
+    return {"private": private_key, "public": public, "fingerprint": signing.fingerprint(signing.read_public(public))}
+
+
+def sign_contribution(*, contribution: Path, private_key: Path) -> dict[str, Any]:
+    """Signs a contribution's manifest, and through its digests every array."""
+    from flexolmo_jax.store import signing
+    from flexolmo_jax.store.manifest import read
+
+    read(contribution, "contribution")
+    return {"signed": contribution, "signed_by": signing.sign(contribution, private_key)}
+
+
+def compress_contribution(
+    *,
+    contribution: Path,
+    anchor: Path,
+    out: Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    text: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes a contribution as a difference of low rank, and says what it costs on `text`."""
+    from flexolmo_jax.store.compression import compress
+
+    if (rank is None) == (energy is None):
+        raise UserError("compress needs either --rank or --energy")
+    compressed = compress(contribution, anchor, out, rank=rank, energy=energy, overwrite=overwrite)
+    facts: dict[str, Any] = {"compressed": out, **dataclasses.asdict(compressed)}
+    if text is not None:
+        from flexolmo_jax.evaluate.compression import bits_per_byte_of_contributions
+
+        before, after = bits_per_byte_of_contributions(anchor, [contribution, out], text)
+        facts |= {"bits_per_byte_before": before, "bits_per_byte_after": after, "bits_per_byte_lost": after - before}
+    return facts
 
 
 def generate(
@@ -28,7 +125,6 @@ def generate(
     import jax.numpy as jnp
 
     from flexolmo_jax.data import vocabulary
-    from flexolmo_jax.errors import UserError
     from flexolmo_jax.infer import load
 
     ids = jnp.array([vocabulary.encode(prompt)], jnp.int32)
@@ -105,24 +201,14 @@ def verify_hf(*, hf_directory: Path, against: Path) -> dict[str, Any]:
     return dataclasses.asdict(verify(hf_directory, against))
 
 
-def inspect(*, directory: Path) -> dict[str, Any]:
-    """What the manifest of an anchor, a contribution or a merged model says, without reading its arrays."""
-    from flexolmo_jax.store.manifest import read
+def inspect(*, directory: Path, against: Path | None = None) -> dict[str, Any]:
+    """What an anchor, a contribution or a merged model is, without reading its arrays."""
+    from flexolmo_jax.store.inspection import array_differences, describe
 
-    manifest = read(directory)
-    experts = len(manifest.experts)
-    facts: dict[str, Any] = {"kind": manifest.kind, "experts": manifest.names, "top_k": manifest.top_k}
-    if manifest.kind != "contribution":
-        facts["parameters"] = manifest.model.num_params(experts)
-        facts["active_parameters"] = manifest.model.num_active_params(manifest.top_k, experts)
-    return facts | {
-        "anchor": manifest.anchor,
-        "tokenizer": manifest.tokenizer,
-        "router_tuned_on": manifest.router_tuned_on,
-        "model": dataclasses.asdict(manifest.model),
-        "records": [dataclasses.asdict(record) for record in manifest.experts],
-        "gin": manifest.gin,
-    }
+    if against is None:
+        return describe(directory)
+    found = array_differences(directory, against)
+    return {"directory": directory, "against": against, "differing": len(found), "first": found[:20]}
 
 
 def corpora(*, out: Path, overwrite: bool = False) -> dict[str, Any]:

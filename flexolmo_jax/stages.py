@@ -6,7 +6,6 @@ Importing this module imports none of the functions, so that `flexolmo --help` a
 import argparse
 import dataclasses
 import importlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,15 +68,16 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def size(text: str) -> int:
-    """The bytes in a text such as `500MB` or `2GiB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def number_of_bytes(text: str) -> int:
+    """The bytes in a text such as `512MiB` or `1048576`."""
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
+    try:
+        return int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 512MiB") from error
 
 
 def _required(**settings: Any) -> dict[str, Any]:
@@ -92,6 +92,9 @@ EXPERTS = Flag(
 TOP_K = Flag("--top_k", "experts per token (default: the model's own)", "top_k", {"type": int})
 CONTRIBUTION_HELP = "directory of a contribution; repeat it for more"
 CHECKPOINT = Flag("CHECKPOINT", "directory of an anchor or a merged model", "checkpoint", {"type": Path})
+CONTRIBUTION = Flag("DIR", "directory of a contribution", "contribution", {"type": Path})
+ANCHOR = Flag("--anchor", "directory of the anchor that it was made for", "anchor", _required())
+SIGNED_BY = Flag("--signed-by", "public key that must have signed it (PEM, Ed25519)", "signed_by", {"type": Path})
 REQUIRED_OUT = dataclasses.replace(OUT, settings=_required())
 
 STAGES: dict[str, Stage] = {
@@ -114,7 +117,7 @@ STAGES: dict[str, Stage] = {
         gin=True,
     ),
     "merge": Stage(
-        summary="merge an anchor and contributions into one model",
+        summary="merge an anchor and contributions into one model, or change the experts of a merged one",
         function="flexolmo_jax.commands:merge",
         flags=(
             Flag("--anchor", "directory of the anchor", "anchor", {"type": Path}),
@@ -124,11 +127,77 @@ STAGES: dict[str, Stage] = {
                 "contributions",
                 {"type": Path, "action": "append"},
             ),
+            Flag("--model", "merged model to change, in place of --anchor", "model", {"type": Path}),
+            Flag("--add", "contribution to add to --model", "add", {"type": Path, "action": "append"}),
+            Flag("--remove", "name of an expert to leave out of --model", "remove", {"action": "append"}),
+            Flag(
+                "--replace",
+                "contribution to put in the place of the expert of its name",
+                "replace",
+                {"type": Path, "action": "append"},
+            ),
             OUT,
             Flag("--top_k", "experts per token that the model shall use (default: all)", "top_k", {"type": int}),
+            Flag(
+                "--signed-by",
+                "name of an expert and the public key that must have signed it, such as math=math.pub; repeat it",
+                "signed_by",
+                {"action": Pairs},
+            ),
+            Flag(
+                "--memory-budget",
+                "memory for arrays, such as 512MiB (default: 1GiB)",
+                "memory_budget",
+                {"type": number_of_bytes},
+            ),
+            Flag("--writers", "threads that write (default: one per processor)", "writers", {"type": int}),
+            Flag(
+                "--no-verify",
+                "trust that the arrays were verified before, and do not read them through",
+                "verify",
+                {"action": "store_false"},
+            ),
             OVERWRITE,
         ),
         gin=True,
+    ),
+    "contribution verify": Stage(
+        summary="check a contribution as a merge would: manifest, files, digests, values",
+        function="flexolmo_jax.commands:verify_contribution",
+        flags=(CONTRIBUTION, ANCHOR, SIGNED_BY),
+    ),
+    "contribution keys": Stage(
+        summary="make a pair of keys to sign contributions with",
+        function="flexolmo_jax.commands:create_keys",
+        flags=(
+            Flag("FILE", "file for the private key; the public one goes to FILE.pub", "private_key", {"type": Path}),
+        ),
+    ),
+    "contribution sign": Stage(
+        summary="sign a contribution, so that a merge can tell who made it",
+        function="flexolmo_jax.commands:sign_contribution",
+        flags=(
+            CONTRIBUTION,
+            Flag("--key", "private key (PEM, Ed25519)", "private_key", _required()),
+        ),
+    ),
+    "contribution compress": Stage(
+        summary="write a contribution as a difference of low rank to the public expert",
+        function="flexolmo_jax.commands:compress_contribution",
+        flags=(
+            CONTRIBUTION,
+            ANCHOR,
+            Flag("--rank", "rank of every matrix's difference", "rank", {"type": int}),
+            Flag(
+                "--energy",
+                "in place of --rank: the smallest rank that keeps this share of every difference's squared norm",
+                "energy",
+                {"type": float},
+            ),
+            Flag("--text", "corpus on which to measure what the compression costs", "text", {"type": Path}),
+            REQUIRED_OUT,
+            OVERWRITE,
+        ),
     ),
     "evaluate": Stage(
         summary="measure held-out bits per byte, exact match and routing of models",
@@ -187,7 +256,7 @@ STAGES: dict[str, Stage] = {
                 "--max-shard-size",
                 "largest safetensors file, such as 500MB (default: 2GiB)",
                 "max_shard_bytes",
-                {"type": size, "metavar": "SIZE"},
+                {"type": number_of_bytes, "metavar": "SIZE"},
             ),
             Flag(
                 "--tokenizer",
@@ -222,9 +291,12 @@ STAGES: dict[str, Stage] = {
         ),
     ),
     "inspect": Stage(
-        summary="say what a directory of ours holds",
+        summary="say what a directory of ours holds, without reading its arrays",
         function="flexolmo_jax.commands:inspect",
-        flags=(Flag("DIR", "directory of an anchor, a contribution or a merged model", "directory", {"type": Path}),),
+        flags=(
+            Flag("DIR", "directory of an anchor, a contribution or a merged model", "directory", {"type": Path}),
+            Flag("--against", "another such directory: say which arrays differ", "against", {"type": Path}),
+        ),
     ),
     "corpora": Stage(
         summary="make the built-in corpora out of what Python itself carries",

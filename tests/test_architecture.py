@@ -47,6 +47,7 @@ AT_HOME = {
     "transformers": {"hf"},
     "matplotlib": {"evaluate"},
     "orbax": {"store"},
+    "cryptography": {"store"},
 }
 """Libraries that only these rooms may import."""
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.data.vocabulary import EOS_ID
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import ModelConfig, builder
+from flexolmo_jax.model import PUBLIC, ModelConfig, builder
 from flexolmo_jax.model.partition import join
 from flexolmo_jax.store import checkpoint, contribution
 from flexolmo_jax.store.manifest import Manifest, read
@@ -115,6 +115,7 @@ def load_with_contribution(anchor: Path, directory: Path) -> LanguageModel:
     base: Manifest = read(anchor, "anchor")
     _, params = checkpoint.load(anchor, "anchor")
     manifest, part = contribution.load(directory, base)
+    part = contribution.expanded(part, manifest.experts[0], params["experts"][PUBLIC])
     return LanguageModel(base.model, (*base.names, *manifest.names), join(params, part), 2)
 
 

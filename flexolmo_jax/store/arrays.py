@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.partition import LeafPath, Predicate, flatten, select, unflatten
-
-CHUNK_BYTES = 64 * 2**20
-"""Largest piece of a leaf in one file. A leaf that is stacked over layers has at least one file per layer."""
-
-_NOT_STACKED = ("embed", "head", "final_norm")
+from flexolmo_jax.store.layout import STATE, LeafLayout
 
 logging.getLogger("absl").addFilter(
     # Orbax warns about what it does by itself with a checkpoint of one directory per leaf, at every read and write.
@@ -27,21 +24,45 @@ logging.getLogger("absl").addFilter(
     )
 )
 
-_ITEM = "state"
-"""Where, within a checkpoint, Orbax puts the Zarr directories of a tree that it was given without a name."""
+_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+_PLACE_OF_WRITING = "commit_success.txt"
+
+SIDECARS = (_CHECKPOINT_METADATA, "orbax.checkpoint", f"{STATE}/_METADATA")
+"""What Orbax puts beside the leaves."""
+
+SIDECARS_OF_VERSION_1 = (_PLACE_OF_WRITING,)
+"""What it also puts there and we leave away."""
 
 
 def save(directory: Path, params: Mapping[str, Any]) -> None:
-    """Writes a nested dict of arrays as an Orbax checkpoint, uncompressed, without timing or sharding sidecars."""
+    """Writes a nested dict of arrays as an Orbax checkpoint whose bytes follow from the arrays alone."""
+    leaves = flatten(params)
+    outline(directory, leaves)
+    for path, leaf in leaves.items():
+        layout = LeafLayout(path, tuple(leaf.shape), leaf.dtype.name)
+        slabs = leaf if len(layout.chunk_shape) > 1 and layout.chunk_shape[0] == 1 else [leaf]
+        layout.write(directory / STATE, (_bytes(np.asarray(slab)) for slab in slabs))
+
+
+def outline(directory: Path, paths: Iterable[LeafPath]) -> None:
+    """Writes a checkpoint with these leaves but without their Zarr directories, which are still to be filled in.
+
+    Orbax notes the times and the place of writing; neither is anybody's business, and the same arrays shall give the
+    same bytes.
+    """
     context = ocp.Context()
     saving = context.array.saving
     saving.use_ocdbt = False
-    saving.use_compression = False
     saving.enable_write_sharding_file = False
     saving.array_metadata_store = None
-    saving.scoped_storage_options_creator = _chunking
     with context:
-        ocp.save(directory.absolute(), dict(params))
+        ocp.save(directory.absolute(), unflatten({path: np.zeros(()) for path in paths}))
+    for path in paths:
+        shutil.rmtree(directory / STATE / ".".join(path))
+    (directory / _PLACE_OF_WRITING).unlink(missing_ok=True)
+    noted = json.loads((directory / _CHECKPOINT_METADATA).read_text())
+    timeless = {key: 0 if key.endswith("_timestamp_nsecs") else value for key, value in noted.items()}
+    (directory / _CHECKPOINT_METADATA).write_text(json.dumps(timeless, sort_keys=True))
 
 
 def shapes(directory: Path) -> dict[str, Any]:
@@ -105,7 +126,7 @@ def open_leaf(directory: Path, path: LeafPath) -> tensorstore.TensorStore:
     Raises:
       UserError: it is missing or damaged.
     """
-    where = f"{leaf_directory(directory.absolute(), path)}/"
+    where = f"{directory.absolute()}/{STATE}/{'.'.join(path)}/"
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}
     try:
         # A missing file shall be an error of its reader, not zeros.
@@ -127,24 +148,18 @@ def read(leaf: tensorstore.TensorStore) -> np.ndarray:
         raise UserError(f"{where} cannot be read, a part of it is missing or damaged") from error
 
 
-def leaf_directory(directory: Path, path: LeafPath) -> Path:
-    """Where, within a checkpoint, the files of one leaf are."""
-    return directory / _ITEM / ".".join(path)
-
-
-def is_stacked(path: LeafPath) -> bool:
-    """Whether the leaf's first axis is the layers."""
-    return path[-1] not in _NOT_STACKED
-
-
 def digests(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Shape, dtype and SHA-256 (of the little-endian bytes in C order) of every leaf, by its path joined with '/'."""
-    described = {}
-    for path, leaf in flatten(params).items():
-        array = np.ascontiguousarray(leaf)
-        digest = hashlib.sha256(array.view(np.uint8).data if array.ndim else array.tobytes()).hexdigest()
-        described["/".join(path)] = {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}
-    return described
+    return {
+        "/".join(path): describe(tuple(leaf.shape), leaf.dtype.name, hashlib.sha256(_bytes(np.asarray(leaf)).data))
+        for path, leaf in flatten(params).items()
+    }
+
+
+def describe(shape: tuple[int, ...], dtype: str, sha256: Any) -> dict[str, Any]:
+    """What a manifest says of one leaf; `sha256` is a hash object or its hexadecimal digest."""
+    digest = sha256 if isinstance(sha256, str) else sha256.hexdigest()
+    return {"shape": list(shape), "dtype": dtype, "sha256": digest}
 
 
 def fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:
@@ -152,11 +167,9 @@ def fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _chunking(path, _value):
-    options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
-    if is_stacked(tuple(key.key for key in path)):
-        options.shard_axes = (0,)
-    return options
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """The array's bytes in C order, as a vector."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _first_line(error: Exception) -> str:

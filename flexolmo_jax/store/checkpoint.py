@@ -6,10 +6,13 @@ from typing import Any
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.config import PUBLIC
-from flexolmo_jax.model.partition import Predicate, belongs_to_anchor, flatten
+from flexolmo_jax.model.partition import LeafPath, Predicate, belongs_to_anchor, flatten
 from flexolmo_jax.model.transformer import abstract_params
 from flexolmo_jax.store import arrays
+from flexolmo_jax.store.difference import differences, in_one_sentence
 from flexolmo_jax.store.directories import complete_directory
+from flexolmo_jax.store.layout import LeafLayout
+from flexolmo_jax.store.low_rank import factor_shapes
 from flexolmo_jax.store.manifest import Manifest, read
 
 ARRAYS = "arrays"
@@ -35,20 +38,39 @@ def load(directory: Path, *kinds: str, predicate: Predicate = lambda path: True,
 
 def check_leaves(directory: Path, manifest: Manifest) -> None:
     """Raises UserError unless the paths and shapes on disk are exactly those of the manifest's model."""
-    expected = flatten(abstract_params(manifest.model, (PUBLIC, *(name for name in manifest.names if name != PUBLIC))))
-    if manifest.kind == "contribution":
-        expected = {path: leaf for path, leaf in expected.items() if not belongs_to_anchor(path)}
-    found = flatten(arrays.shapes(directory / ARRAYS))
-    for path in sorted(expected.keys() | found.keys()):
-        name = "/".join(path)
-        if path not in found:
-            raise UserError(f"{directory} lacks the array {name}")
-        if path not in expected:
-            raise UserError(f"{directory} holds an array {name} that its model does not have")
-        if found[path].shape != expected[path].shape:
-            raise UserError(f"{directory} has {name} of shape {found[path].shape}, not {expected[path].shape}")
-        if name not in manifest.arrays:
-            raise UserError(f"the manifest of {directory} has no digest of {name}")
+    check_described(directory, manifest)
+    found = {"/".join(path): list(leaf.shape) for path, leaf in flatten(arrays.shapes(directory / ARRAYS)).items()}
+    expected = {path: leaf["shape"] for path, leaf in manifest.arrays.items()}
+    if phrases := differences(found, expected):
+        raise UserError(f"the arrays of {directory} are not those of its manifest: {in_one_sentence(phrases)}")
+
+
+def check_described(directory: Path, manifest: Manifest) -> None:
+    """Raises UserError unless the manifest describes exactly the arrays that its model and experts have."""
+    described = {path: leaf["shape"] for path, leaf in manifest.arrays.items()}
+    expected = {"/".join(path): list(shape) for path, shape in leaf_shapes(manifest).items()}
+    if phrases := differences(described, expected):
+        raise UserError(f"the manifest of {directory} does not fit its model: {in_one_sentence(phrases)}")
+
+
+def leaf_shapes(manifest: Manifest) -> dict[LeafPath, tuple[int, ...]]:
+    """Every path that an artefact has, with its shape."""
+    names = (PUBLIC, *(name for name in manifest.names if name != PUBLIC))
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_params(manifest.model, names)).items()}
+    if manifest.kind != "contribution":
+        return shapes
+    shapes = {path: shape for path, shape in shapes.items() if not belongs_to_anchor(path)}
+    (record,) = manifest.experts
+    return shapes if record.rank is None else factor_shapes(shapes, record.rank)
+
+
+def layouts(manifest: Manifest) -> dict[LeafPath, LeafLayout]:
+    """How each leaf that the manifest lists lies on disk."""
+    found = {}
+    for name, leaf in sorted(manifest.arrays.items()):
+        path = tuple(name.split("/"))
+        found[path] = LeafLayout(path, tuple(leaf["shape"]), leaf["dtype"], manifest.format_version)
+    return found
 
 
 def anchor_fingerprint(described: Mapping[str, Mapping[str, Any]]) -> str:

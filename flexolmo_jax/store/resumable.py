@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.store.directories import refuse_existing
+from flexolmo_jax.store.directories import cannot_write, put_in_place, refuse_existing
 
 JOURNAL = "journal.jsonl"
 
@@ -65,21 +65,17 @@ def resumable_directory(out: Path, plan: Mapping[str, Any], *, overwrite: bool =
         writing it.
     """
     refuse_existing(out, overwrite=overwrite)
-    out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
-    try:
+    with cannot_write(out):
         partial.mkdir(parents=True, exist_ok=True)
         with _locked(partial, out):
             try:
-                parts = Parts(partial, plan)
-                yield parts
+                yield Parts(partial, plan)
                 (partial / JOURNAL).unlink()
-                _take_place(partial, out)
+                put_in_place(partial, out)
             except Exception:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def refuse_losing(source: Path, out: Path) -> None:
@@ -98,13 +94,3 @@ def _locked(directory: Path, out: Path) -> Iterator[None]:
         raise UserError(f"another process is writing {out}: wait for it, or give another --out") from error
     finally:
         os.close(descriptor)
-
-
-def _take_place(partial: Path, out: Path) -> None:
-    """Renames twice instead of deleting first: a directory that is half deleted might still load."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -14,7 +14,7 @@ import numpy as np
 from flexolmo_jax import terminal
 from flexolmo_jax.data.reading import read_from
 from flexolmo_jax.parallel.mesh import Layout
-from flexolmo_jax.store.progress import Progress
+from flexolmo_jax.store.progress import Keep, Progress
 from flexolmo_jax.train.run import RunConfig
 from flexolmo_jax.train.step import TrainState
 
@@ -46,7 +46,7 @@ def train(
       out: directory of the job; `checkpoints/` and `metrics.jsonl` appear in it.
       layout: places batches on the mesh.
     """
-    progress = Progress(out / "checkpoints")
+    progress = Progress(out / "checkpoints", Keep(latest=run.keep_latest, every=run.keep_every))
     begin = progress.latest() or 0
     if begin:
         state = progress.restore(state)

@@ -23,6 +23,8 @@ class RunConfig:
       compute_dtype: "float32" or "bfloat16"; router, norms, softmax and the trained parameters stay float32.
       remat: name of the rematerialisation policy: "none", "dots" or "full".
       checkpoint_every: steps between checkpoints.
+      keep_latest: how many of the newest checkpoints stay.
+      keep_every: besides, checkpoints at multiples of so many steps stay; None for no others.
       log_every: steps between lines of metrics.
     """
 
@@ -34,6 +36,8 @@ class RunConfig:
     compute_dtype: str = "float32"
     remat: str = "none"
     checkpoint_every: int = 1000
+    keep_latest: int = 2
+    keep_every: int | None = None
     log_every: int = 10
 
     def __post_init__(self):

@@ -217,18 +217,18 @@ def test_the_plan_of_an_import_is_followed_to_the_end(config, tmp_path, monkeypa
     """An import that stops after any leaf goes on where it was, and ends with the same directory."""
     foreign(tmp_path / "theirs", config, 2, dtype=np.float32)
     import_hf(tmp_path / "theirs", tmp_path / "whole")
-    from flexolmo_jax.store.streaming import LeafWriter
+    from flexolmo_jax.hf.importing import _Foreign
 
-    written, close = [], LeafWriter.close
+    written, put = [], _Foreign.put
 
-    def interrupted(writer):
-        described = close(writer)
-        written.append(writer)
+    def interrupted(leaf, *arguments):
+        digest = put(leaf, *arguments)
+        written.append(leaf)
         if len(written) % 5 == 0:
             raise KeyboardInterrupt
-        return described
+        return digest
 
-    monkeypatch.setattr(LeafWriter, "close", interrupted)
+    monkeypatch.setattr(_Foreign, "put", interrupted)
     for _ in range(10):
         try:
             import_hf(tmp_path / "theirs", tmp_path / "ours")
