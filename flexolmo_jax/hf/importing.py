@@ -9,9 +9,9 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.hf import companions
-from flexolmo_jax.hf.export import megabytes
 from flexolmo_jax.hf.shards import FOLDER
 from flexolmo_jax.hf.source import Source, open_source
+from flexolmo_jax.hf.tensors import megabytes
 from flexolmo_jax.model import PUBLIC, ModelConfig
 from flexolmo_jax.model.partition import LeafPath, belongs_to_anchor, belongs_to_expert, unflatten
 from flexolmo_jax.store import assembly, checkpoint, contribution
