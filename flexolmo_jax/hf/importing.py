@@ -1,6 +1,7 @@
 """Reading models of other programs: in memory, or streamed into an anchor, contributions and a merged model."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,8 @@ class _Writing:
     ) -> Manifest:
         """Writes an artefact, unless an interrupted run of the same plan did."""
         if home.exists():
+            for left in home.parent.glob(f".{home.name}.*"):  # It was killed between its last two steps.
+                shutil.rmtree(left)
             return read(home)
         home.parent.mkdir(exist_ok=True)
         # One writer: another would read and transpose while this one waits for the same processors.
