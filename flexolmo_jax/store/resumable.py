@@ -26,7 +26,7 @@ class Parts:
         self.directory = directory
         self._file = directory / JOURNAL
         header = json.dumps({"plan": plan}, sort_keys=True)
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if self._file.is_file() else []
         if not lines or lines[0] != header:
             for each in directory.iterdir():
                 shutil.rmtree(each) if each.is_dir() else each.unlink()
