@@ -6,7 +6,6 @@ Importing this module imports none of the functions, so that `flexolmo --help` a
 import argparse
 import dataclasses
 import importlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,15 +70,16 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def size(text: str) -> int:
-    """The bytes in a text such as `500MB` or `2GiB`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB or 2GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+def number_of_bytes(text: str) -> int:
+    """The bytes in a text such as `512MiB` or `1048576`."""
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
+    try:
+        return int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 512MiB") from error
 
 
 def _required(**settings: Any) -> dict[str, Any]:
@@ -211,7 +211,7 @@ STAGES: dict[str, Stage] = {
                 "--memory-budget",
                 "memory for arrays, such as 512MiB (default: 1GiB)",
                 "memory_budget",
-                {"type": size},
+                {"type": number_of_bytes},
             ),
             Flag("--writers", "threads that write (default: one per processor)", "writers", {"type": int}),
             Flag(
@@ -319,7 +319,7 @@ STAGES: dict[str, Stage] = {
                 "--max-shard-size",
                 "largest safetensors file, such as 500MB (default: 2GiB)",
                 "max_shard_bytes",
-                {"type": size, "metavar": "SIZE"},
+                {"type": number_of_bytes, "metavar": "SIZE"},
             ),
             Flag(
                 "--tokenizer",

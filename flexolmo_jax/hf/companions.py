@@ -48,7 +48,7 @@ def tokenizer_id(directory: Path) -> str:
     file = directory / TOKENIZER
     if not file.is_file():
         return UNKNOWN
-    content = own_file(file, directory).read_bytes()
+    content = _small(file, directory).read_bytes()
     if json.loads(byte_tokenizer().to_str()) == _loads(file, content):
         return BYTES
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
@@ -64,10 +64,7 @@ def keep(source: Path, artefact: Path) -> None:
     target.mkdir(exist_ok=True)
     for name in (*TOKENIZER_FILES, GENERATION, CONFIG):
         if (source / name).is_file():
-            file = own_file(source / name, source)
-            if file.stat().st_size > MAX_FILE_BYTES:
-                raise UserError(f"{source / name} is larger than {MAX_FILE_BYTES:,} bytes: it is not what it should be")
-            shutil.copyfile(file, target / name)
+            shutil.copyfile(_small(source / name, source), target / name)
 
 
 def find(checkpoint: Path, tokenizer: str, given: Path | None) -> Path | None:
@@ -148,6 +145,14 @@ def encoder(found: Path | None, tokenizer: str) -> Callable[[str], list[int]]:
         return ids
 
     return encode
+
+
+def _small(file: Path, directory: Path) -> Path:
+    """The file, refused if it is not of this directory or too large for what it should be."""
+    own = own_file(file, directory)
+    if own.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"{file} is larger than {MAX_FILE_BYTES:,} bytes: it is not what it should be")
+    return own
 
 
 def _loads(file: Path, content: bytes) -> Any:

@@ -8,8 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,25 +21,20 @@ from flexolmo_jax.hf import companions, safetensors_file
 from flexolmo_jax.hf.card import model_card
 from flexolmo_jax.hf.config import DENSE, MIXTURE, MIXTURE_WITH_BIAS, to_hf
 from flexolmo_jax.hf.fold_bias import BiasFold
-from flexolmo_jax.hf.matrices import cast, transposed
-from flexolmo_jax.hf.names import HEAD, Piece, dense_pieces, mixture_pieces
+from flexolmo_jax.hf.names import HEAD, dense_pieces, mixture_pieces
 from flexolmo_jax.hf.router_bias import Handled, handle_biases
-from flexolmo_jax.hf.shards import INDEX, SINGLE_FILE
+from flexolmo_jax.hf.tensors import announce, cut_into_shards, is_tied, widest, write_tensors
 from flexolmo_jax.model.partition import LeafPath
 from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.directories import refuse_existing
 from flexolmo_jax.store.manifest import Manifest, read
-from flexolmo_jax.store.resumable import Parts, refuse_losing, resumable_directory
-from flexolmo_jax.terminal import Progress
+from flexolmo_jax.store.resumable import refuse_losing, resumable_directory
 
 MAX_SHARD_BYTES = 2 * 2**30
 """Largest safetensors file, unless a single tensor is larger."""
 
 MODELING = "modeling_flex_olmo_bias"
 DIGESTS = "SHA256SUMS"
-
-Tensors = Mapping[str, Sequence[Piece]]
-Announced = dict[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,13 +129,13 @@ def export_hf(
         architecture = MIXTURE_WITH_BIAS if handled.kept else MIXTURE
         pieces = mixture_pieces(manifest.model.layers, names, biases=handled.kept)
     tensors = {name: list(group) for name, group in itertools.groupby(pieces, lambda piece: piece.tensor)}
-    if tied := _is_tied(leaves):
+    if tied := is_tied(leaves):
         del tensors[HEAD]
-    announced = {name: _announce(leaves, group, target) for name, group in tensors.items()}
+    announced = {name: announce(leaves, group, target) for name, group in tensors.items()}
     sizes = {name: kind.itemsize * math.prod(shape) for name, (kind, shape) in announced.items()}
-    shards = _shards(sizes, max_shard_bytes)
+    shards = cut_into_shards(sizes, max_shard_bytes)
     fields = companions.text_side(found, manifest.tokenizer)
-    model_dtype = dtype or _widest(announced)
+    model_dtype = dtype or widest(announced)
     content = to_hf(
         manifest.model, names, top_k, architecture=architecture, dtype=model_dtype, tied=tied, text_side=fields
     )
@@ -159,7 +153,7 @@ def export_hf(
     }
     with resumable_directory(out, plan, overwrite=overwrite) as parts:
         directory = parts.directory
-        digests = _write_tensors(parts, leaves, tensors, announced, shards)
+        digests = write_tensors(parts, leaves, tensors, announced, shards)
         _write_json(directory / "config.json", content)
         companions.write(directory, found, manifest.tokenizer, fields)
         if handled.kept:
@@ -206,123 +200,6 @@ def _check_top_k(manifest: Manifest, names: Sequence[str], top_k: int | None) ->
     if not 1 <= top_k <= len(names):
         raise UserError(f"top_k is {top_k}, but the exported model has {len(names)} experts")
     return top_k
-
-
-def _is_tied(leaves: Mapping[LeafPath, Any]) -> bool:
-    """Whether the head is the embedding, value by value; a few values tell it of almost every model that is not."""
-    embed, head = leaves["anchor", "embed"], leaves["anchor", "head"]
-    if embed.dtype != head.dtype or _read(embed[0]).tobytes() != _read(head[:, 0]).tobytes():
-        return False
-    return np.array_equal(_bits(transposed(_read(head))), _bits(_read(embed)))
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.dtype.itemsize}")
-
-
-def _announce(
-    leaves: Mapping[LeafPath, Any], group: Sequence[Piece], target: np.dtype | None
-) -> tuple[np.dtype, tuple[int, ...]]:
-    """Dtype and shape of a tensor."""
-    parts = [_part(leaves, piece) for piece in group]
-    shape = tuple(parts[0].shape)
-    if group[0].rows is not None:
-        shape = (len(parts), *shape)
-    elif group[0].transposed:
-        shape = shape[::-1]
-    # Rows of several owners lie in one tensor; the widest dtype holds them all exactly.
-    return target or np.dtype(jnp.result_type(*(_numpy_dtype(part) for part in parts))), shape
-
-
-def _widest(announced: Announced) -> str:
-    """The dtype to load the model in: the widest of its matrices, whatever the few router rows are kept in."""
-    return jnp.result_type(*(dtype for name, (dtype, _) in announced.items() if ".mlp.gate." not in name)).name
-
-
-def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names of the tensors in each file, in order."""
-    shards: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if not shards or size > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(name)
-        room -= size
-    return shards
-
-
-def _write_tensors(
-    parts: Parts,
-    leaves: Mapping[LeafPath, Any],
-    tensors: Tensors,
-    announced: Announced,
-    shards: Sequence[Sequence[str]],
-) -> dict[str, str]:
-    """Writes the shards that an interrupted run has not written yet, and the index; returns the shards' SHA-256."""
-    directory = parts.directory
-    placed: dict[str, str] = {}
-    digests: dict[str, str] = {}
-    total = sum(dtype.itemsize * math.prod(shape) for dtype, shape in announced.values())
-    written = 0
-    with Progress("export-hf, MB", total=megabytes(total)) as progress:
-        for number, shard in enumerate(shards, start=1):
-            name = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            placed |= dict.fromkeys(shard, name)
-            noted = parts.earlier(name)
-            if noted is None or not _is_written(directory / name, noted):
-                described = {tensor: announced[tensor] for tensor in shard}
-                contents = _contents(leaves, {tensor: tensors[tensor] for tensor in shard}, announced)
-                noted = safetensors_file.write(directory / name, described, contents)
-                parts.finish(name, noted)
-            digests[name] = noted["sha256"]
-            written += noted["bytes"]
-            progress.update(megabytes(min(written, total)))
-    if len(shards) > 1:
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
-    return digests
-
-
-def megabytes(count: int) -> int:
-    """Bytes as whole megabytes, rounded up."""
-    return -(-count // 10**6)
-
-
-def _is_written(file: Path, noted: Mapping[str, Any]) -> bool:
-    return file.is_file() and safetensors_file.digest(file) == noted
-
-
-def _contents(leaves: Mapping[LeafPath, Any], tensors: Tensors, announced: Announced) -> Iterator[np.ndarray]:
-    """The tensors in order, the next one being read while the caller writes one."""
-    groups = [(group, announced[name][0]) for name, group in tensors.items()]
-    with ThreadPoolExecutor(1) as reader:
-        pending = reader.submit(_tensor, leaves, *groups[0])
-        for following in (*groups[1:], None):
-            tensor = pending.result()
-            if following is not None:
-                pending = reader.submit(_tensor, leaves, *following)
-            yield tensor
-
-
-def _tensor(leaves: Mapping[LeafPath, Any], group: Sequence[Piece], dtype: np.dtype) -> np.ndarray:
-    parts = [cast(_read(_part(leaves, piece)), dtype) for piece in group]
-    if group[0].rows is not None:
-        return np.stack(parts)
-    return transposed(parts[0]) if group[0].transposed else parts[0]
-
-
-def _part(leaves: Mapping[LeafPath, Any], piece: Piece) -> Any:
-    """The piece of its leaf, not read yet."""
-    leaf = leaves[piece.path]
-    return leaf if piece.layer is None else leaf[piece.layer]
-
-
-def _read(leaf: Any) -> np.ndarray:
-    return np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else arrays.read(leaf)
-
-
-def _numpy_dtype(leaf: Any) -> np.dtype:
-    return leaf.dtype if isinstance(leaf, np.ndarray | np.generic) else leaf.dtype.numpy_dtype
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,14 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.hf import companions
-from flexolmo_jax.hf.export import megabytes
 from flexolmo_jax.hf.shards import FOLDER
 from flexolmo_jax.hf.source import Source, open_source
+from flexolmo_jax.hf.tensors import megabytes
 from flexolmo_jax.model import PUBLIC, ModelConfig
-from flexolmo_jax.model.partition import LeafPath, Predicate, belongs_to_anchor, belongs_to_expert, unflatten
-from flexolmo_jax.store import arrays, checkpoint
-from flexolmo_jax.store.assembly import LinkedUnread
+from flexolmo_jax.model.partition import LeafPath, belongs_to_anchor, belongs_to_expert, unflatten
+from flexolmo_jax.store import assembly, checkpoint, contribution
 from flexolmo_jax.store.directories import refuse_existing
-from flexolmo_jax.store.layout import STATE, LeafLayout, is_stacked
+from flexolmo_jax.store.layout import LeafLayout, is_stacked
 from flexolmo_jax.store.manifest import ExpertRecord, Manifest, read
 from flexolmo_jax.store.resumable import Parts, refuse_losing, resumable_directory
 from flexolmo_jax.store.stored import StoredLeaf, stored_leaves
@@ -128,7 +127,7 @@ def import_hf(
         "record": [owner, licence],
     }
     record = ExpertRecord(name="", owner=owner, licence=licence)
-    size = sum(leaf.nbytes for leaf in source.leaves.values())
+    size = sum(leaf.layout.nbytes for leaf in source.leaves.values())
     with (
         resumable_directory(out, plan, overwrite=overwrite) as parts,
         Progress("import-hf, MB", total=megabytes(size)) as progress,
@@ -138,17 +137,49 @@ def import_hf(
             manifest, home = writing.anchor(), parts.directory / "anchor"
         else:
             manifest, home = writing.proven_anchor(given, base)
-        contributions = {name: writing.contribution(manifest, record, name) for name in source.names[1:]}
-        if contributions:
-            writing.merged(manifest, home, contributions)
+        for name in source.names[1:]:
+            writing.contribution(manifest, record, name)
+        if source.names[1:]:
+            writing.merged(manifest, home, source.names[1:])
     return Import(
         anchor=out / "anchor" if (out / "anchor").is_dir() else None,
-        contributions={name: out / "contributions" / name for name in contributions},
-        merged=out / "merged" if contributions else None,
+        contributions={name: out / "contributions" / name for name in source.names[1:]},
+        merged=out / "merged" if source.names[1:] else None,
         fingerprint=manifest.anchor,
         proven=base is not None,
         array_bytes=size,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Foreign:
+    """A leaf that comes out of another program's files; see `assembly.Source`."""
+
+    source: Source
+    path: LeafPath
+    advance: Callable[[int], None]
+
+    @property
+    def layout(self) -> LeafLayout:
+        return self.source.leaves[self.path].layout
+
+    @property
+    def identity(self) -> str:
+        # Which files these are is part of the import's plan.
+        return repr(self.source.leaves[self.path].pieces)
+
+    @property
+    def memory(self) -> int:
+        """One part as it was read, one transposed and one being written; a whole leaf where it is one part."""
+        return 3 * self.layout.nbytes // (self.layout.shape[0] if is_stacked(self.path) else 1)
+
+    def put(self, state: Path, memory: int) -> str:
+        return self.layout.write(state, self._blocks())
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        for _, part in self.source.parts(self.path):
+            yield np.asarray(part, order="C").reshape(-1).view(np.uint8)
+            self.advance(part.nbytes)
 
 
 class _Writing:
@@ -163,9 +194,9 @@ class _Writing:
 
     def anchor(self) -> Manifest:
         """Writes the anchor that the model contains."""
-        home = self._parts.directory / "anchor"
-        described = self._write(home, belongs_to_anchor)
-        return self._finish_anchor(home, described)
+        return self._write_anchor(
+            {path: self._foreign(path) for path in filter(belongs_to_anchor, self._source.leaves)}
+        )
 
     def proven_anchor(self, given: Path, base: Manifest) -> tuple[Manifest, Path]:
         """The manifest and directory of the given anchor, or of the same one completed by a public router row.
@@ -173,107 +204,97 @@ class _Writing:
         Raises:
           UserError: names the first tensor that differs, and by how much.
         """
-        ours = arrays.open_leaves(given / checkpoint.ARRAYS)
-        bare = not np.any(arrays.read(ours[PUBLIC_ROW]))
+        ours = stored_leaves(given, base)
+        bare = not np.any(ours[PUBLIC_ROW].read())
         lacks_row = bare and any(np.any(part) for _, part in self._source.parts(PUBLIC_ROW))
         if self._parts.earlier("proven") is None:
-            for path in filter(belongs_to_anchor, self._source.leaves):
+            for path, leaf in ours.items():
                 if path != PUBLIC_ROW or not lacks_row:
-                    self._compare(path, ours[path], given)
+                    self._compare(path, leaf, given)
             self._parts.finish("proven", True)
         if not lacks_row:
             if base.model != self._source.config:
                 raise UserError(f"{self._source.directory} is {self._source.config}, but {given} is {base.model}")
             return base, given
-        home = self._parts.directory / "anchor"
-        described = self._write(home, lambda path: path == PUBLIC_ROW, links=given, linked=base)
-        return self._finish_anchor(home, base.arrays | described), home
+        others: dict[LeafPath, assembly.Source] = {path: assembly.Linked(leaf) for path, leaf in ours.items()}
+        completed = self._write_anchor(others | {PUBLIC_ROW: self._foreign(PUBLIC_ROW)})
+        return completed, self._parts.directory / "anchor"
 
     def contribution(self, anchor: Manifest, record: ExpertRecord, name: str) -> Manifest:
         """Writes the contribution of one expert."""
+
+        def manifest(described: dict) -> Manifest:
+            return dataclasses.replace(
+                anchor,
+                kind="contribution",
+                experts=(dataclasses.replace(record, name=name),),
+                arrays=described,
+                top_k=self._source.top_k,
+                format_version=Manifest.format_version,
+            )
+
+        paths = [path for path in self._source.leaves if belongs_to_expert(path, name)]
         home = self._parts.directory / "contributions" / name
-        described = self._write(home, lambda path: belongs_to_expert(path, name))
-        manifest = dataclasses.replace(
-            anchor,
-            kind="contribution",
-            experts=(dataclasses.replace(record, name=name),),
-            arrays=described,
-            top_k=self._source.top_k,
-        )
-        manifest.write(home)
-        return manifest
+        return self._assemble(home, {path: self._foreign(path) for path in paths}, manifest)
 
-    def merged(self, anchor: Manifest, home: Path, contributions: dict[str, Manifest]) -> None:
+    def merged(self, anchor: Manifest, home: Path, names: Sequence[str]) -> None:
         """Puts the parts together without another copy of their bytes."""
+        leaves, records = stored_leaves(home, anchor), list(anchor.experts)
+        for name in names:
+            part = contribution.examine(self._parts.directory / "contributions" / name, anchor)
+            leaves |= part.leaves
+            records.append(part.record)
+
+        def manifest(described: dict) -> Manifest:
+            return dataclasses.replace(
+                anchor,
+                kind="merged",
+                experts=tuple(records),
+                arrays=described,
+                top_k=self._source.top_k,
+                format_version=Manifest.format_version,
+            )
+
         merged = self._parts.directory / "merged"
-        described, experts = dict(anchor.arrays), list(anchor.experts)
-        origins = {home: anchor}
-        for name, manifest in contributions.items():
-            origins[self._parts.directory / "contributions" / name] = manifest
-            described |= manifest.arrays
-            (record,) = manifest.experts
-            experts.append(dataclasses.replace(record, contribution=arrays.fingerprint(manifest.arrays)))
-        _make_anew(merged)
-        arrays.outline(merged / checkpoint.ARRAYS, _paths(described))
-        for origin, manifest in origins.items():
-            _link(origin, manifest, merged, _paths(manifest.arrays))
+        self._assemble(merged, {path: assembly.LinkedUnread(leaf) for path, leaf in leaves.items()}, manifest)
         companions.keep(self._source.directory, merged)
-        dataclasses.replace(
-            anchor, kind="merged", experts=tuple(experts), arrays=described, top_k=self._source.top_k
-        ).write(merged)
 
-    def _finish_anchor(self, home: Path, described: dict[str, Any]) -> Manifest:
-        manifest = Manifest(
-            kind="anchor",
-            model=self._source.config,
-            experts=(ExpertRecord(name=PUBLIC),),
-            anchor=checkpoint.anchor_fingerprint(described),
-            arrays=described,
-            top_k=1,
-            tokenizer=self._tokenizer,
-        )
+    def _write_anchor(self, sources: Mapping[LeafPath, assembly.Source]) -> Manifest:
+        def manifest(described: dict) -> Manifest:
+            return Manifest(
+                kind="anchor",
+                model=self._source.config,
+                experts=(ExpertRecord(name=PUBLIC),),
+                anchor=checkpoint.anchor_fingerprint(described),
+                arrays=described,
+                top_k=1,
+                tokenizer=self._tokenizer,
+            )
+
+        home = self._parts.directory / "anchor"
+        written = self._assemble(home, sources, manifest)
         companions.keep(self._source.directory, home)
-        manifest.write(home)
-        return manifest
+        return written
 
-    def _write(
-        self, home: Path, wanted: Predicate, links: Path | None = None, linked: Manifest | None = None
-    ) -> dict[str, Any]:
-        """Writes the wanted leaves into a new artefact, beside links to those of another; returns their digests."""
-        paths = [path for path in self._source.leaves if wanted(path)]
-        key = str(home.relative_to(self._parts.directory))
-        if self._parts.earlier(key) is None:
-            others = [path for path in _paths(linked.arrays) if path not in paths] if linked else []
-            _make_anew(home)
-            arrays.outline(home / checkpoint.ARRAYS, [*paths, *others])
-            if links is not None and linked is not None:
-                _link(links, linked, home, others)
-            self._parts.finish(key, "begun")
-        return {"/".join(path): self._leaf(f"{key}:{'/'.join(path)}", home, path) for path in paths}
+    def _assemble(
+        self, home: Path, sources: Mapping[LeafPath, assembly.Source], manifest: Callable[[dict], Manifest]
+    ) -> Manifest:
+        """Writes an artefact, unless an interrupted run of the same plan did."""
+        if home.exists():
+            for left in home.parent.glob(f".{home.name}.*"):  # It was killed between its last two steps.
+                shutil.rmtree(left)
+            return read(home)
+        home.parent.mkdir(exist_ok=True)
+        # One writer: another would read and transpose while this one waits for the same processors.
+        budget = max(source.memory for source in sources.values())
+        return assembly.assemble(home, sources, manifest, memory_budget=budget, writers=1)
 
-    def _leaf(self, key: str, home: Path, path: LeafPath) -> dict[str, Any]:
-        """Writes one leaf, unless an interrupted run wrote it whole; returns what the manifest says of it."""
-        leaf = self._source.leaves[path]
-        layout = LeafLayout(path, tuple(leaf.shape), leaf.dtype.name)
-        described = self._parts.earlier(key)
-        if described is None or not _is_written(StoredLeaf(home, layout, described["sha256"])):
-            state = home / checkpoint.ARRAYS / STATE
-            shutil.rmtree(state / layout.directory, ignore_errors=True)
-            described = arrays.describe(layout.shape, layout.dtype, layout.write(state, self._blocks(path)))
-            self._parts.finish(key, described)
-        else:
-            self._advance(leaf.nbytes)
-        return described
+    def _foreign(self, path: LeafPath) -> _Foreign:
+        return _Foreign(self._source, path, self._advance)
 
-    def _blocks(self, path: LeafPath) -> Iterator[np.ndarray]:
-        """The bytes of a leaf of the source, layer by layer."""
-        for _, part in self._source.parts(path):
-            yield np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-            self._advance(part.nbytes)
-
-    def _compare(self, path: LeafPath, ours: Any, anchor: Path) -> None:
+    def _compare(self, path: LeafPath, ours: StoredLeaf, anchor: Path) -> None:
         for layer, (tensor, theirs) in enumerate(self._source.parts(path)):
-            mine = arrays.read(ours[layer] if is_stacked(path) else ours)
+            mine = ours.read_layer(layer) if is_stacked(path) else ours.read()
             if mine.tobytes() != theirs.tobytes():
                 a, b = mine.astype(np.float32), theirs.astype(np.float32)
                 if differing := int(np.count_nonzero(a != b)):
@@ -304,29 +325,3 @@ def _files(directory: Path) -> list[Path]:
     """The files of a model: the plan of an import changes if one of them does."""
     found = [*directory.glob("*"), *(directory / FOLDER).glob("*")]
     return sorted(file for file in found if file.suffix in (".safetensors", ".json") and file.is_file())
-
-
-def _paths(described: Mapping[str, Any]) -> list[LeafPath]:
-    return [tuple(name.split("/")) for name in described]
-
-
-def _is_written(leaf: StoredLeaf) -> bool:
-    try:
-        leaf.check_files()
-        leaf.verify()
-    except (UserError, OSError):
-        return False
-    return True
-
-
-def _link(origin: Path, manifest: Manifest, target: Path, paths: Iterable[LeafPath]) -> None:
-    """Puts leaves of one artefact into another without another copy of their bytes, where the file system can."""
-    leaves = stored_leaves(origin, manifest)
-    for path in paths:
-        LinkedUnread(leaves[path]).put(target / checkpoint.ARRAYS / STATE, memory=0)
-
-
-def _make_anew(directory: Path) -> None:
-    """Makes a directory, without what an interrupted run left of it."""
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)

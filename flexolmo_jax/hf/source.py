@@ -1,7 +1,6 @@
 """A model of another program, opened and checked but not read: which leaf of ours comes from which tensors."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,8 @@ from flexolmo_jax.hf.shards import Shards, open_shards, read_json
 from flexolmo_jax.model import PUBLIC, ModelConfig, abstract_params
 from flexolmo_jax.model.bias_channel import PINNED
 from flexolmo_jax.model.partition import LeafPath, flatten
-from flexolmo_jax.store.contribution import check_name
+from flexolmo_jax.store.layout import LeafLayout
+from flexolmo_jax.store.manifest import check_name
 
 MAX_EXPERTS = 1024
 
@@ -29,18 +29,12 @@ class Leaf:
     """One leaf of ours in another program's files.
 
     Attributes:
-      shape: its shape in our schema.
-      dtype: its dtype, that of the tensors.
+      layout: its shape and dtype, which is that of the tensors.
       pieces: the tensors it is made of, in the order of the layers; none if it is zero there.
     """
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    layout: LeafLayout
     pieces: tuple[Piece, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +67,8 @@ class Source:
         """
         leaf = self.leaves[path]
         if not leaf.pieces:  # Hugging Face's router has no bias, a dense model no router: zeros act like none.
-            yield from (("", np.zeros(leaf.shape[1:], leaf.dtype)) for _ in range(leaf.shape[0]))
+            layers, *rest = leaf.layout.shape
+            yield from (("", np.zeros(rest, leaf.layout.numpy_dtype)) for _ in range(layers))
             return
         with ThreadPoolExecutor(1) as reader:
             pending = reader.submit(self._read, leaf.pieces[0], leaf)
@@ -89,7 +84,7 @@ class Source:
             raise UserError(f"{self.directory} holds a value that is not finite in {piece.tensor}")
         if piece.transposed:
             part = transposed(part)
-        return part.reshape(leaf.shape if piece.layer is None else leaf.shape[1:])
+        return part.reshape(leaf.layout.shape if piece.layer is None else leaf.layout.shape[1:])
 
 
 def open_source(directory: Path, names: Sequence[str] | None = None) -> Source:
@@ -207,7 +202,7 @@ def _leaves(
                 f"{directory} holds {' and '.join(dtypes.values())} as {' and '.join(d.name for d in dtypes)}, but one "
                 "matrix must have one dtype in all layers"
             )
-        leaves[path] = Leaf(shape=target, dtype=next(iter(dtypes)), pieces=tuple(group))
+        leaves[path] = Leaf(layout=LeafLayout(path, target, next(iter(dtypes)).name), pieces=tuple(group))
     return leaves
 
 

@@ -52,6 +52,10 @@ def verify_hf(hf_directory: Path, against_checkpoint: Path, tokens: Int[np.ndarr
             f"{hf_directory} has {shape.config.vocab_size} vocabulary entries, but {against_checkpoint} has "
             f"{ours.config.vocab_size}"
         )
+    if shape.names is None and shape.experts != len(ours.names):
+        raise UserError(
+            f"{hf_directory} has {shape.experts} experts without names, but {against_checkpoint} has {len(ours.names)}"
+        )
     if tokens is None:
         tokens = np.random.default_rng(0).integers(0, ours.config.vocab_size, (4, 64))
     # Row by row, because two float64 copies of the logits of a large vocabulary add up.

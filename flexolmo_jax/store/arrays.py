@@ -116,6 +116,7 @@ def open_leaves(directory: Path) -> dict[LeafPath, tensorstore.TensorStore]:
     Raises:
       UserError: the directory is not a complete checkpoint, or a leaf is missing.
     """
+
     return {path: open_leaf(directory, path) for path in flatten(shapes(directory))}
 
 

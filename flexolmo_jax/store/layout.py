@@ -42,7 +42,7 @@ _SHARD_INDEX_BYTES = 20
 
 
 def is_stacked(path: LeafPath) -> bool:
-    """Whether the leaf's first axis is the layers."""
+    """Whether the first axis of a leaf is the layers."""
     return path[-1] not in _NOT_STACKED
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.store.directories import put_in_place, refuse_existing
+from flexolmo_jax.store.directories import cannot_write, put_in_place, refuse_existing
 
 JOURNAL = "journal.jsonl"
 
@@ -26,7 +26,7 @@ class Parts:
         self.directory = directory
         self._file = directory / JOURNAL
         header = json.dumps({"plan": plan}, sort_keys=True)
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+        lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines() if self._file.is_file() else []
         if not lines or lines[0] != header:
             for each in directory.iterdir():
                 shutil.rmtree(each) if each.is_dir() else each.unlink()
@@ -65,21 +65,17 @@ def resumable_directory(out: Path, plan: Mapping[str, Any], *, overwrite: bool =
         writing it.
     """
     refuse_existing(out, overwrite=overwrite)
-    out = out.absolute()
     partial = out.with_name(f".{out.name}.partial")
-    try:
+    with cannot_write(out):
         partial.mkdir(parents=True, exist_ok=True)
         with _locked(partial, out):
             try:
-                parts = Parts(partial, plan)
-                yield parts
+                yield Parts(partial, plan)
                 (partial / JOURNAL).unlink()
                 put_in_place(partial, out)
             except Exception:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def refuse_losing(source: Path, out: Path) -> None:

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.hf import export_hf, read_hf, verify_hf
 from flexolmo_jax.hf.config import from_hf, to_hf
-from flexolmo_jax.hf.export import _shards
 from flexolmo_jax.hf.names import dense_pieces, mixture_pieces
+from flexolmo_jax.hf.tensors import cut_into_shards
 from flexolmo_jax.model import ModelConfig, abstract_params
 from flexolmo_jax.model.partition import flatten
 
@@ -189,7 +189,7 @@ def test_verification_names_the_missing_package(merged, tmp_path, monkeypatch):
 
 @hypothesis.given(st.dictionaries(st.text(max_size=4), st.integers(1, 50), min_size=1), st.integers(1, 100))
 def test_shards_hold_every_tensor_once_and_keep_the_limit(sizes, limit):
-    shards = _shards(sizes, limit)
+    shards = cut_into_shards(sizes, limit)
     assert [name for shard in shards for name in shard] == list(sizes)
     assert all(len(shard) == 1 or sum(sizes[name] for name in shard) <= limit for shard in shards)
 

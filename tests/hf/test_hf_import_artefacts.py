@@ -17,7 +17,6 @@ from flexolmo_jax.merge import merge
 from flexolmo_jax.model import ModelConfig
 from flexolmo_jax.model.partition import flatten, select
 from flexolmo_jax.store import arrays, checkpoint
-from flexolmo_jax.store.layout import LeafLayout
 from flexolmo_jax.store.manifest import read
 from tests.hf.test_hf_export import assert_same_params
 
@@ -218,16 +217,18 @@ def test_the_plan_of_an_import_is_followed_to_the_end(config, tmp_path, monkeypa
     """An import that stops after any leaf goes on where it was, and ends with the same directory."""
     foreign(tmp_path / "theirs", config, 2, dtype=np.float32)
     import_hf(tmp_path / "theirs", tmp_path / "whole")
-    written, write = [], LeafLayout.write
+    from flexolmo_jax.hf.importing import _Foreign
 
-    def interrupted(layout, *arguments):
-        digest = write(layout, *arguments)
-        written.append(layout)
+    written, put = [], _Foreign.put
+
+    def interrupted(leaf, *arguments):
+        digest = put(leaf, *arguments)
+        written.append(leaf)
         if len(written) % 5 == 0:
             raise KeyboardInterrupt
         return digest
 
-    monkeypatch.setattr(LeafLayout, "write", interrupted)
+    monkeypatch.setattr(_Foreign, "put", interrupted)
     for _ in range(10):
         try:
             import_hf(tmp_path / "theirs", tmp_path / "ours")

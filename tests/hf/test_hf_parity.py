@@ -9,10 +9,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import tokenizers  # noqa: E402
+
 from flexolmo_jax.errors import UserError  # noqa: E402
-from flexolmo_jax.hf import export_hf, read_hf, verify_hf  # noqa: E402
+from flexolmo_jax.hf import export_hf, import_hf, read_hf, verify_hf  # noqa: E402
 from flexolmo_jax.hf.verify import load_transformers, transformers_logits  # noqa: E402
 from flexolmo_jax.infer import LanguageModel, load  # noqa: E402
+from tests.hf.test_hf_import_artefacts import foreign  # noqa: E402
 
 LIMIT = 2e-4
 NEW_TOKENS = 10
@@ -167,6 +170,48 @@ def test_verification_sees_a_wrong_weight(merged, config, names, random_params, 
     wrong = verify_hf(tmp_path / "hf", other, some_ids(2))
     assert wrong.max_difference > 1e-2
     assert wrong.kl > 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("experts", "tied"), [(1, True), (1, False), (2, False), (7, True)])
+def test_a_model_from_elsewhere_is_the_same_after_import_and_export(experts, tied, dtype, config, tmp_path):
+    theirs = tmp_path / "theirs"
+    foreign(theirs, config, experts, dtype=dtype, tied=tied)
+    done = import_hf(theirs, tmp_path / "ours")
+    home = done.merged or done.anchor
+    assert verify_hf(theirs, home, some_ids()).max_difference <= LIMIT
+    export_hf(home, tmp_path / "back", max_shard_bytes=50_000)
+    back = verify_hf(tmp_path / "back", home, some_ids())
+    assert back.max_difference <= LIMIT
+    assert back.argmax_agreement == 1.0
+    logits = [
+        transformers_logits(load_transformers(directory), some_ids()) for directory in (theirs, tmp_path / "back")
+    ]
+    np.testing.assert_array_equal(*logits)
+
+
+def test_auto_tokenizer_reads_what_came_from_elsewhere(config, tmp_path):
+    theirs = tmp_path / "theirs"
+    foreign(theirs, config, 1, dtype="float32")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the anchor and the tide", "the sail and the reef"], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(theirs)
+    export_hf(import_hf(theirs, tmp_path / "ours").anchor, tmp_path / "back")
+    before, after = (transformers.AutoTokenizer.from_pretrained(place) for place in (theirs, tmp_path / "back"))
+    for text in ("the anchor and the tide", "naïve Ünïcödé, 漢字 \n\t x"):
+        ids = after(text)["input_ids"]
+        assert ids == before(text)["input_ids"]
+        assert after.decode(ids) == text
+
+
+def test_verification_refuses_another_number_of_experts(merged, config, tmp_path):
+    foreign(tmp_path / "theirs", config, 2, dtype="float32")
+    with pytest.raises(UserError, match="2 experts without names"):
+        verify_hf(tmp_path / "theirs", merged)
 
 
 def test_verification_refuses_left_over_weights(anchor, tmp_path):
