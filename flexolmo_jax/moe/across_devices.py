@@ -1,8 +1,8 @@
 """How the experts are evaluated on a mesh: every device its own tokens, or every device its own piece of the experts.
 
-Both run under `jax.shard_map`, on the mesh that `jax.set_mesh` has set, so that no collective is left to chance. Weights
-arrive as the layouts of `flexolmo_jax.parallel.layouts` cut them: along the width over `fsdp`, along the hidden units
-over `expert` and `tensor`. Which hidden units a device holds does not matter, so long as `gate`, `up` and `down` agree.
+Both run under `jax.shard_map`, on the mesh that `jax.set_mesh` has set, so that no collective is left to chance.
+Weights arrive as the layouts of `flexolmo_jax.parallel.layouts` cut them: along the width over `fsdp`, along the hidden
+units over `expert` and `tensor`. Which hidden units a device holds does not matter, if all three matrices agree.
 
 Axis legend: see `flexolmo_jax.moe.api`; here `T` counts the tokens of all devices.
 """
@@ -41,7 +41,7 @@ def platform() -> str:
 
 
 def with_gathered_weights(local: Local, tokens: tuple[Float[Array, "T _"], ...], experts: Sequence) -> Any:
-    """`local(*tokens, experts)` where every device gathers the weights, over `fsdp` and `expert`, for its own tokens."""
+    """`local(*tokens, experts)` where every device gathers the weights, over `fsdp` and `expert`, for its tokens."""
     return _spread(lambda tokens, experts: local(*tokens, experts), ("fsdp", "expert"), tokens, experts)
 
 

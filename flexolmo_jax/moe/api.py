@@ -21,7 +21,12 @@ class FeedForward(NamedTuple):
     down: Float[Array, "F D"]
 
 
-IMPLEMENTATIONS = {"dense": dense.mix_experts, "grouped": grouped.mix_experts, "ring": ring.mix_experts, "ragged": ragged.mix_experts}
+IMPLEMENTATIONS = {
+    "dense": dense.mix_experts,
+    "grouped": grouped.mix_experts,
+    "ring": ring.mix_experts,
+    "ragged": ragged.mix_experts,
+}
 
 
 def mix_experts(

@@ -99,9 +99,10 @@ def _cut(a: Array, start) -> Array:
 
 
 def _put(buffers: tuple, blocks: tuple, start) -> tuple:
-    return tuple(
-        jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 0) for a, b in zip(buffers, blocks, strict=True)
-    )
+    def put(buffer, block):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, block.astype(buffer.dtype), start, 0)
+
+    return tuple(map(put, buffers, blocks))
 
 
 def _transposed_product(a: Float[Array, "N _"], b: Float[Array, "N _"]) -> Float[Array, "_ _"]:

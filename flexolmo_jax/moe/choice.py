@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from flexolmo_jax.moe.across_devices import platform
 
 LARGEST_SHARE = {"cpu": 0.7, "gpu": 0.9, "tpu": 0.9}
-"""By platform: up to this share of experts per token, `grouped` is faster than `dense`. Only that of CPU is measured."""
+"""By platform: up to this share of experts per token, `grouped` beats `dense`. Only that of CPU is measured."""
 
 FEWEST_ROWS = {"cpu": 32, "gpu": 1, "tpu": 1}
 """By platform: rows per expert from which on sorting is worth it."""

@@ -1,9 +1,9 @@
 """The products of `grouped` on TPU and GPU: all experts' weights in one array, one grouped product for each matrix.
 
-On TPU, products of rows are `jax.lax.ragged_dot_general`, which XLA compiles to the active products alone. The gradients
-of weights it would compute for every expert from every row; there it is the Pallas kernel `tgmm` of megablox. On GPU
-XLA's backward pass may be dense as well, so all are tokamax's kernels, by name: left to choose, tokamax takes another
-one silently. Its gradient of an empty group's weights is not defined and is set to zero here.
+On TPU, products of rows are `jax.lax.ragged_dot_general`, which XLA compiles to the active products alone. The
+gradients of weights it would compute for every expert from every row; there it is the Pallas kernel `tgmm` of megablox.
+On GPU XLA's backward pass may be dense as well, so all are tokamax's kernels, by name: left to choose, tokamax takes
+another one silently. Its gradient of an empty group's weights is not defined and is set to zero here.
 
 Axis legend: see `flexolmo_jax.moe.sorting`.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from flexolmo_jax.moe.across_devices import platform
 
@@ -54,31 +54,38 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
     d_h = (d_h * weight).astype(x.dtype)
     d_g, d_u = d_h * u * slope, d_h * silu
     d_inputs = _of_rows(d_g, gate, rows.sizes, _BY_ROW_TRANSPOSED) + _of_rows(d_u, up, rows.sizes, _BY_ROW_TRANSPOSED)
+    if not any(trained):
+        return jnp.where(there, d_inputs, 0), d_weight, [None] * len(experts)
     pairs = (inputs, d_g), (inputs, d_u), (h, (d_mixed * weight).astype(x.dtype))
     d_experts = zip(*(_of_groups(a, b, rows.sizes, trained) for a, b in pairs), strict=True)
-    return jnp.where(there, d_inputs, 0), d_weight, [d if own else None for d, own in zip(d_experts, trained, strict=True)]
+    return (
+        jnp.where(there, d_inputs, 0),
+        d_weight,
+        [d if own else None for d, own in zip(d_experts, trained, strict=True)],
+    )
 
 
-def _of_rows(a: Float[Array, "R _"], b: Float[Array, "E _ _"], sizes: Int[Array, "E"], dimensions) -> Float[Array, "R _"]:
+def _of_rows(a: Float[Array, "R _"], b: Float[Array, "E _ _"], sizes, dimensions) -> Float[Array, "R _"]:
     """Every row times its own expert's matrix."""
     if platform() == "tpu":
         return jax.lax.ragged_dot_general(a, b, sizes, dimensions, preferred_element_type=a.dtype)
     return _tokamax(a, b, sizes, dimensions)
 
 
-def _of_groups(a: Float[Array, "R _"], b: Float[Array, "R _"], sizes: Int[Array, "E"], wanted: tuple[bool, ...]) -> list:
+def _of_groups(a: Float[Array, "R _"], b: Float[Array, "R _"], sizes, wanted: tuple[bool, ...]) -> list:
     """For each wanted expert, the product of its rows of `a`, transposed, with those of `b`."""
     if platform() != "tpu":
-        products = jnp.where((sizes > 0)[:, None, None], _tokamax(a, b, sizes, _BY_GROUP), 0) if any(wanted) else sizes
-        return list(products)
+        return list(jnp.where((sizes > 0)[:, None, None], _tokamax(a, b, sizes, _BY_GROUP), 0))
     missing = -len(a) % TILE
     a, b = (jnp.pad(each, ((0, missing), (0, 0))) for each in (a, b))
     tiling = TILE, min(TILE, a.shape[1]), min(TILE, b.shape[1])
     if all(wanted):
         return list(tgmm(a.T, b, sizes, a.dtype, tiling))
-    return [
-        tgmm(a.T, b, sizes, a.dtype, tiling, jnp.int32(index), 1)[0] if own else None for index, own in enumerate(wanted)
-    ]
+
+    def of_one(expert: int) -> Float[Array, "_ _"]:
+        return tgmm(a.T, b, sizes, a.dtype, tiling, jnp.int32(expert), 1)[0]
+
+    return [of_one(expert) if own else None for expert, own in enumerate(wanted)]
 
 
 def _tokamax(a: Array, b: Array, sizes: Array, dimensions) -> Array:
