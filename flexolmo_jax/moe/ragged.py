@@ -44,9 +44,8 @@ def mix_local(
     devices = jax.lax.axis_size("expert")
     copies = max(1, devices // len(experts))
     here = -(-len(experts) * copies // devices)
-    weights = [
-        _whole_experts(w, copies, here * devices, axis) for w, axis in zip(zip(*experts), (2, 2, 1), strict=True)
-    ]
+    kinds = zip(zip(*experts, strict=True), (2, 2, 1), strict=True)
+    weights = [_whole_experts(pieces, copies, here * devices, hidden) for pieces, hidden in kinds]
 
     # Copies of an expert take turns among a device's tokens. Choices of no expert go nowhere.
     turn = jnp.arange(len(x))[:, None] % copies

@@ -96,7 +96,8 @@ def test_a_frozen_expert_has_no_weight_gradient(products, monkeypatch):
 
     def loss(trained):
         both = [*experts[:2], trained, *experts[3:]]
-        return jnp.sum(grouped.mix_local(jnp.float32(x), jnp.float32(probabilities), choices, both) * cotangent)
+        mixed = grouped.mix_local(jnp.float32(x), jnp.float32(probabilities), jnp.asarray(choices), both)
+        return jnp.sum(mixed * jnp.float32(cotangent))
 
     found = jax.jit(jax.grad(jax.checkpoint(loss)))(experts[2])
     assert wanted == [tuple(index == 2 for index in range(len(experts)))]
