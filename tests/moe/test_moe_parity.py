@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.moe import IMPLEMENTATIONS, FeedForward, blocks, grouped, kernels, mix_experts
-from tests.moe.parity import EDGES, Case, Inputs, check, reference
+from flexolmo_jax.moe import IMPLEMENTATIONS, FeedForward, blocks, choose_implementation, grouped, kernels, mix_experts
+from tests.moe.parity import EDGES, Case, Inputs, check, evaluate, reference
 
 EIGHT_DEVICES = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 ON_ONE_DEVICE = ["dense", "grouped"]
@@ -58,13 +58,19 @@ def test_an_implementation_gives_what_numpy_gives_at_edges(implementation, case)
     check(IMPLEMENTATIONS[implementation], case)
 
 
-def test_implementations_on_meshes_give_what_numpy_gives():
-    program = [sys.executable, "-m", "tests.moe.on_eight_devices", json.dumps(MESHES)]
+@pytest.mark.parametrize(
+    ("meshes", "cases"),
+    [(MESHES[:1], 2), pytest.param(MESHES, len(EDGES), marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_implementations_on_meshes_give_what_numpy_gives(meshes, cases):
+    program = [sys.executable, "-m", "tests.moe.on_eight_devices", json.dumps(meshes), str(cases)]
     done = subprocess.run(program, capture_output=True, text=True, env=EIGHT_DEVICES, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == [f"{name} {axes} {len(EDGES)} cases" for name, axes in MESHES]
+    assert done.stdout.splitlines() == [f"{name} {axes} {cases} cases" for name, axes in meshes]
 
 
+@pytest.mark.slow
 def test_rows_that_are_sent_to_experts_give_what_numpy_gives():
     """`ragged` with its one operation that XLA lacks on CPU, the exchange, made of operations that it has."""
     program = [sys.executable, "-m", "tests.moe.ragged_on_eight_devices"]
@@ -106,9 +112,28 @@ def test_a_frozen_expert_has_no_weight_gradient(products, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_a_name_means_this_or_an_error():
-    inputs, _ = EDGES[0].draw()
-    with pytest.raises(ValueError, match="unknown implementation 'fast'"):
-        mix_experts(*inputs, implementation="fast")
-    with pytest.raises(ValueError, match="ring needs a mesh"):
-        mix_experts(*inputs, implementation="ring")
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("fast", "unknown implementation 'fast'"),
+        ("ring", "ring needs a mesh whose axis `expert` is larger than 1"),
+        ("ragged", "ragged needs a mesh whose axis `expert` is larger than 1"),
+    ],
+)
+def test_a_name_means_this_or_an_error(name, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        evaluate(functools.partial(mix_experts, implementation=name), *EDGES[0].draw())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "axes", "name"),
+    [
+        (4096, 2, 2, {}, "dense"),
+        (4096, 2, 7, {}, "grouped"),
+        (4, 2, 7, {}, "dense"),
+        (4096, 2, 7, {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}, "grouped"),
+        (4096, 2, 2, {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}, "ring"),
+    ],
+)
+def test_without_a_name_the_rule_chooses(tokens, top_k, experts, axes, name):
+    assert choose_implementation(tokens=tokens, top_k=top_k, experts=experts, axes=axes) == name
