@@ -1,9 +1,9 @@
 """The products of `grouped` on CPU: expert by expert, so many rows at a time.
 
 `jax.lax.ragged_dot` multiplies every row with every expert there. Here a loop whose length is the number of rows that
-an expert has, known only when the program runs, takes blocks of a fixed size. The last block of an expert reaches into
-rows of the next one, which writes them after it; the last expert's reaches beyond the end, so buffers are longer by a
-block. What is temporary is bounded by rows, not by experts.
+an expert has, known only when the program runs, takes blocks of a fixed size, and a second loop smaller ones for the
+rest. The last block of an expert reaches into rows of the next one, which writes them after it; the last expert's
+reaches beyond the end, so buffers are longer by a small block. What is temporary is bounded by rows, not by experts.
 
 Axis legend: `N` rows of a block; otherwise see `flexolmo_jax.moe.sorting`.
 """
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-BLOCK = 256
-"""Rows at a time: the fewer, the less is wasted at an expert's end; the more, the nearer a product is to full speed."""
+BLOCKS = 1024, 128
+"""Rows at a time, and for what is left: large blocks multiply at full speed, and small ones waste little at the end."""
 
 
 def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
@@ -24,9 +24,9 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
     token = _lengthened(rows.token)
     buffers = tuple(jnp.zeros((len(token), size), x.dtype) for size in (width, hidden, hidden))
 
-    def block(start, _end, buffers, expert):
+    def block(start, _end, size, buffers, expert):
         gate, up, down = expert
-        inputs = x[_cut(token, start)]
+        inputs = x[_cut(token, start, size)]
         g, u = inputs @ gate, inputs @ up
         return _put(buffers, ((jax.nn.silu(g) * u) @ down, g, u), start)
 
@@ -48,14 +48,14 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
     for (start, end, expert), is_trained in zip(_groups(rows, experts), trained, strict=True):
         sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in expert) if is_trained else ()
 
-        def block(start, end, carry, expert):
+        def block(start, end, size, carry, expert):
             buffers, sums = carry
             gate, up, down = expert
-            here = _cut(token, start)
-            inputs, d_mixed, g, u = x[here], cotangent[here], _cut(g_all, start), _cut(u_all, start)
+            here = _cut(token, start, size)
+            inputs, d_mixed, g, u = x[here], cotangent[here], _cut(g_all, start, size), _cut(u_all, start, size)
             # Rows beyond the end are the next expert's.
-            own = start + jnp.arange(BLOCK) < end
-            weight = jnp.where(own, _cut(weights, start), 0.0)[:, None]
+            own = start + jnp.arange(size) < end
+            weight = jnp.where(own, _cut(weights, start, size), 0.0)[:, None]
             silu, slope = jax.nn.silu(g), jax.nn.sigmoid(g)
             slope = slope * (1 + g * (1 - slope))
             h = silu * u
@@ -73,7 +73,8 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
         buffers, sums = _over_blocks(block, start, end, (buffers, sums), expert)
         d_experts.append(tuple(s.astype(w.dtype) for s, w in zip(sums, expert, strict=True)) if sums else None)
     there = (jnp.arange(len(token)) < jnp.sum(rows.sizes))[:, None]
-    return *(jnp.where(there, a, 0) for a in buffers), d_experts
+    d_x, d_weights = (jnp.where(there, a, 0) for a in buffers)
+    return d_x, d_weights, d_experts
 
 
 def _groups(rows, experts):
@@ -83,19 +84,24 @@ def _groups(rows, experts):
 
 
 def _over_blocks(block, start, end, carry, expert):
-    def advance(state):
-        at, carry = state
-        return at + BLOCK, block(at, end, carry, expert)
+    """`block` over all rows of an expert: of the larger size while they fill it, and then of the smaller one."""
+    at = start
+    for size, reach in zip(BLOCKS, (BLOCKS[0], 1), strict=True):
 
-    return jax.lax.while_loop(lambda state: state[0] < end, advance, (start, carry))[1]
+        def advance(state, size=size):
+            at, carry = state
+            return at + size, block(at, end, size, carry, expert)
+
+        at, carry = jax.lax.while_loop(lambda state, reach=reach: state[0] + reach <= end, advance, (at, carry))
+    return carry
 
 
 def _lengthened(a: Array) -> Array:
-    return jnp.pad(a, [(0, BLOCK)] + [(0, 0)] * (a.ndim - 1))
+    return jnp.pad(a, [(0, BLOCKS[-1])] + [(0, 0)] * (a.ndim - 1))
 
 
-def _cut(a: Array, start) -> Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, BLOCK)
+def _cut(a: Array, start, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, size)
 
 
 def _put(buffers: tuple, blocks: tuple, start) -> tuple:

@@ -28,6 +28,14 @@ MESHES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks():
+    """So few rows need several blocks of both sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCKS", (16, 4))
+        yield
+
+
 @st.composite
 def cases(draw) -> Case:
     experts = draw(st.integers(1, 8))
