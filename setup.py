@@ -62,7 +62,7 @@ setup(
         "tpu": ["jax[tpu]"],
         # The TPU compiler that fits our jax, for planning on a machine without a TPU.
         "plan": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
+        "cuda": ["jax[cuda13]", "tokamax>=0.0.12,<0.1"],
         "beam": ["apache-beam>=2.70,<3"],
         "hf": ["transformers>=5,<6", "torch>=2.10,<3"],
         "encoder": ["sentence-transformers>=5.7,<6"],

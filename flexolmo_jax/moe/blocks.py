@@ -1,11 +1,11 @@
 """The products of `grouped` on CPU: expert by expert, so many rows at a time.
 
 `jax.lax.ragged_dot` multiplies every row with every expert there. Here a loop whose length is the number of rows that
-an expert has, known only when the program runs, takes blocks of a fixed size. The last block of an expert reaches into
-rows of the next one, which writes them after it; the last expert's reaches beyond the end, so buffers are longer by a
-block. What is temporary is bounded by rows, not by experts.
+an expert has, known only when the program runs, takes blocks of a fixed size, and a second loop smaller ones for the
+rest. The last block of an expert reaches into rows of the next one, which writes them after it; the last expert's
+reaches beyond the end, so buffers are longer by a small block. What is temporary is bounded by rows, not by experts.
 
-Axis legend: `N` rows of a block; otherwise see `flexolmo_jax.moe.grouped`.
+Axis legend: `N` rows of a block; otherwise see `flexolmo_jax.moe.sorting`.
 """
 
 from typing import Any
@@ -14,21 +14,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flexolmo_jax.moe.across_devices import zeros_beside
-
-BLOCK = 256
-"""Rows at a time: the fewer, the less is wasted at an expert's end; the more, the nearer a product is to full speed."""
+BLOCKS = 1024, 128
+"""Rows at a time, and for what is left: large blocks multiply at full speed, and small ones waste little at the end."""
 
 
 def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
     """Outputs of all rows, and the activations that the backward pass needs: gate and up, before the nonlinearity."""
     width, hidden = experts[0][0].shape
     token = _lengthened(rows.token)
-    buffers = tuple(zeros_beside(x, (len(token), size), x.dtype) for size in (width, hidden, hidden))
+    buffers = tuple(jnp.zeros((len(token), size), x.dtype) for size in (width, hidden, hidden))
 
-    def block(start, _end, buffers, expert):
+    def block(start, _end, size, buffers, expert):
         gate, up, down = expert
-        inputs = x[_cut(token, start)]
+        inputs = x[_cut(token, start, size)]
         g, u = inputs @ gate, inputs @ up
         return _put(buffers, ((jax.nn.silu(g) * u) @ down, g, u), start)
 
@@ -39,24 +37,25 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
 
 
 def backward(x, cotangent, weights, rows, experts, activations, trained) -> tuple[Any, Any, Any]:
-    """Gradients of the rows' inputs [R, D], of their weights [R], and of the experts, None for those not trained."""
+    """Gradients of the rows' inputs [R, D], of their weights [R, 1], and of the experts, None for those not trained.
+
+    What belongs to no expert is zero.
+    """
     token, weights = _lengthened(rows.token), _lengthened(weights)
     g_all, u_all = activations
-    buffers = tuple(
-        zeros_beside(x, (len(token), size), dtype) for size, dtype in ((x.shape[1], x.dtype), (1, jnp.float32))
-    )
+    buffers = tuple(jnp.zeros((len(token), size), dtype) for size, dtype in ((x.shape[1], x.dtype), (1, jnp.float32)))
     d_experts = []
     for (start, end, expert), is_trained in zip(_groups(rows, experts), trained, strict=True):
-        sums = tuple(zeros_beside(x, w.shape, jnp.float32) for w in expert) if is_trained else ()
+        sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in expert) if is_trained else ()
 
-        def block(start, end, carry, expert):
+        def block(start, end, size, carry, expert):
             buffers, sums = carry
             gate, up, down = expert
-            here = _cut(token, start)
-            inputs, d_mixed, g, u = x[here], cotangent[here], _cut(g_all, start), _cut(u_all, start)
+            here = _cut(token, start, size)
+            inputs, d_mixed, g, u = x[here], cotangent[here], _cut(g_all, start, size), _cut(u_all, start, size)
             # Rows beyond the end are the next expert's.
-            own = start + jnp.arange(BLOCK) < end
-            weight = jnp.where(own, _cut(weights, start), 0.0)[:, None]
+            own = start + jnp.arange(size) < end
+            weight = jnp.where(own, _cut(weights, start, size), 0.0)[:, None]
             silu, slope = jax.nn.silu(g), jax.nn.sigmoid(g)
             slope = slope * (1 + g * (1 - slope))
             h = silu * u
@@ -73,8 +72,9 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
 
         buffers, sums = _over_blocks(block, start, end, (buffers, sums), expert)
         d_experts.append(tuple(s.astype(w.dtype) for s, w in zip(sums, expert, strict=True)) if sums else None)
-    d_x, d_weights = buffers
-    return d_x, d_weights[:, 0], d_experts
+    there = (jnp.arange(len(token)) < jnp.sum(rows.sizes))[:, None]
+    d_x, d_weights = (jnp.where(there, a, 0) for a in buffers)
+    return d_x, d_weights, d_experts
 
 
 def _groups(rows, experts):
@@ -84,26 +84,31 @@ def _groups(rows, experts):
 
 
 def _over_blocks(block, start, end, carry, expert):
-    def advance(state):
-        at, carry = state
-        return at + BLOCK, block(at, end, carry, expert)
+    """`block` over all rows of an expert: of the larger size while they fill it, and then of the smaller one."""
+    at = start
+    for size, reach in zip(BLOCKS, (BLOCKS[0], 1), strict=True):
 
-    return jax.lax.while_loop(lambda state: state[0] < end, advance, (start, carry))[1]
+        def advance(state, size=size):
+            at, carry = state
+            return at + size, block(at, end, size, carry, expert)
+
+        at, carry = jax.lax.while_loop(lambda state, reach=reach: state[0] + reach <= end, advance, (at, carry))
+    return carry
 
 
 def _lengthened(a: Array) -> Array:
-    return jnp.pad(a, [(0, BLOCK)] + [(0, 0)] * (a.ndim - 1))
+    return jnp.pad(a, [(0, BLOCKS[-1])] + [(0, 0)] * (a.ndim - 1))
 
 
-def _cut(a: Array, start) -> Array:
-    return jax.lax.dynamic_slice_in_dim(a, start, BLOCK)
+def _cut(a: Array, start, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(a, start, size)
 
 
 def _put(buffers: tuple, blocks: tuple, start) -> tuple:
-    return tuple(
-        jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 0)
-        for a, b in zip(buffers, blocks, strict=True)
-    )
+    def put(buffer, block):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, block.astype(buffer.dtype), start, 0)
+
+    return tuple(map(put, buffers, blocks))
 
 
 def _transposed_product(a: Float[Array, "N _"], b: Float[Array, "N _"]) -> Float[Array, "_ _"]:

@@ -73,6 +73,7 @@ def pretrain(
                     "text": describe(text, rows, run),
                     "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
                     "mesh": layout.describe(),
+                    "experts": run.implementation(1, layout),
                     "out": out,
                 },
             )
@@ -99,6 +100,7 @@ def pretrain(
                 top_k=1,
                 tokenizer=tokenizer,
                 gin=gin,
+                implementation=run.implementation(1, layout),
             )
             checkpoint.write(out / "anchor", jax.device_get(state.params), manifest)
     manifest = read(out / "anchor", "anchor")

@@ -3,12 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.data.mixture import open_rows
 from flexolmo_jax.data.packing import PACKINGS, TextRows
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.transformer import REMAT_POLICIES
+from flexolmo_jax.moe import choose_implementation
+from flexolmo_jax.parallel import Layout
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -68,6 +71,12 @@ class RunConfig:
           UserError: there is no such text.
         """
         return open_rows(prepared, split, lambda documents: PACKINGS[self.packing](documents, self.sequence_length))
+
+    def implementation(self, experts: int, layout: Layout) -> str:
+        """The implementation of `mix_experts` that a step runs, every token choosing all of so many experts."""
+        tokens = self.batch_size // self.accumulation * self.sequence_length
+        with jax.set_mesh(layout.mesh):
+            return choose_implementation(tokens=tokens, top_k=experts, experts=experts, axes=dict(layout.mesh.shape))
 
     @property
     def model_options(self) -> dict:

@@ -122,4 +122,4 @@ EDGES = [
     Case(tokens=13, width=8, hidden=16, experts=3, top_k=2, popular=3, masked=1.0),
     Case(tokens=1, width=8, hidden=16, experts=3, top_k=2, popular=3),
 ]
-"""Experts that divide no axis, fewer experts than devices, empty and uneven groups, masks, one token, no token at all."""
+"""Experts that divide no axis, fewer experts than devices, empty and uneven groups, masks, one token."""
