@@ -126,12 +126,8 @@ def test_a_layout_that_leaves_much_of_a_model_whole_is_refused():
     devices = [Device(number, 0) for number in range(8)]
     layout = MeshConfig(layout="fsdp").build(devices)
     layout.check(abstract_params(CONFIG, (PUBLIC, "math")))
-    wide = {
-        "anchor": {"norm": jax.ShapeDtypeStruct((3, 100), "float32"), "head": jax.ShapeDtypeStruct((8, 8), "float32")}
-    }
-    with pytest.raises(
-        UserError, match="82% of the parameters would stay whole on every device of fsdp, data 1 x fsdp 8"
-    ):
+    wide = {"anchor": {"norm": jax.ShapeDtypeStruct((3, 100), "float32"), "head": jax.ShapeDtypeStruct((8, 8), "float32")}}
+    with pytest.raises(UserError, match="82% of the parameters would stay whole on every device of fsdp, data 1 x fsdp 8"):
         layout.check(wide)
     with pytest.raises(UserError, match="anchor/head has an axis of 12, which the mesh axes fsdp do not cut into 8"):
         layout.shardings({"anchor": {"head": jax.ShapeDtypeStruct((12, 8), "float32")}})
@@ -142,7 +138,5 @@ def test_an_optimizer_state_lies_where_its_parameters_do():
     params = abstract_params(CONFIG, (PUBLIC, "math"))
     state = jax.eval_shape(OptimizerConfig(learning_rate=1e-2, warmup_steps=1).build(10).init, params)
     specs = [at.spec for at in jax.tree.leaves(layout.shardings(params))]
-    found = [
-        at.spec for leaf, at in zip(*map(jax.tree.leaves, (state, layout.shardings(state))), strict=True) if leaf.ndim
-    ]
+    found = [at.spec for leaf, at in zip(*map(jax.tree.leaves, (state, layout.shardings(state))), strict=True) if leaf.ndim]
     assert found == 2 * specs
