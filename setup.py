@@ -52,7 +52,7 @@ setup(
         "tpu": ["jax[tpu]"],
         # The TPU compiler that fits our jax, for planning on a machine without a TPU.
         "plan": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
+        "cuda": ["jax[cuda13]", "tokamax>=0.0.12,<0.1"],
         "hf": ["transformers>=5,<6", "torch>=2.10,<3"],
         "eval": ["lm-eval>=0.4.9,<0.5"],
         "privacy": ["jax-privacy>=2,<3"],

@@ -250,6 +250,8 @@ class Transformer(nnx.Module):
             a.reshape(-1, a.shape[-1]) for a in (x, routing.probabilities, routing.choices)
         )
         weights = [layer.experts[name].weights() for name in self.names]
+        # A weight is zero only where fewer experts are permitted than chosen: the surplus costs nothing as no expert.
+        choices = jnp.where(probabilities > 0, choices, len(self.names))
         return mix_experts(tokens, probabilities, choices, weights, self.implementation).reshape(x.shape), None
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int
 
-from flexolmo_jax.moe import dense, grouped, ring
+from flexolmo_jax.moe import dense, grouped, ragged, ring
 from flexolmo_jax.moe.across_devices import mesh_axes, with_gathered_tokens, with_gathered_weights
 from flexolmo_jax.moe.choice import choose_implementation
 
@@ -21,7 +21,12 @@ class FeedForward(NamedTuple):
     down: Float[Array, "F D"]
 
 
-IMPLEMENTATIONS = {"dense": dense.mix_experts, "grouped": grouped.mix_experts, "ring": ring.mix_experts}
+IMPLEMENTATIONS = {
+    "dense": dense.mix_experts,
+    "grouped": grouped.mix_experts,
+    "ring": ring.mix_experts,
+    "ragged": ragged.mix_experts,
+}
 
 
 def mix_experts(

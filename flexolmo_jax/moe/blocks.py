@@ -5,7 +5,7 @@ an expert has, known only when the program runs, takes blocks of a fixed size. T
 rows of the next one, which writes them after it; the last expert's reaches beyond the end, so buffers are longer by a
 block. What is temporary is bounded by rows, not by experts.
 
-Axis legend: `N` rows of a block; otherwise see `flexolmo_jax.moe.grouped`.
+Axis legend: `N` rows of a block; otherwise see `flexolmo_jax.moe.sorting`.
 """
 
 from typing import Any
@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from flexolmo_jax.moe.across_devices import zeros_beside
 
 BLOCK = 256
 """Rows at a time: the fewer, the less is wasted at an expert's end; the more, the nearer a product is to full speed."""
@@ -24,7 +22,7 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
     """Outputs of all rows, and the activations that the backward pass needs: gate and up, before the nonlinearity."""
     width, hidden = experts[0][0].shape
     token = _lengthened(rows.token)
-    buffers = tuple(zeros_beside(x, (len(token), size), x.dtype) for size in (width, hidden, hidden))
+    buffers = tuple(jnp.zeros((len(token), size), x.dtype) for size in (width, hidden, hidden))
 
     def block(start, _end, buffers, expert):
         gate, up, down = expert
@@ -39,13 +37,16 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
 
 
 def backward(x, cotangent, weights, rows, experts, activations, trained) -> tuple[Any, Any, Any]:
-    """Gradients of the rows' inputs [R, D], of their weights [R], and of the experts, None for those not trained."""
+    """Gradients of the rows' inputs [R, D], of their weights [R, 1], and of the experts, None for those not trained.
+
+    What belongs to no expert is zero.
+    """
     token, weights = _lengthened(rows.token), _lengthened(weights)
     g_all, u_all = activations
-    buffers = tuple(zeros_beside(x, (len(token), size), dtype) for size, dtype in ((x.shape[1], x.dtype), (1, jnp.float32)))
+    buffers = tuple(jnp.zeros((len(token), size), dtype) for size, dtype in ((x.shape[1], x.dtype), (1, jnp.float32)))
     d_experts = []
     for (start, end, expert), is_trained in zip(_groups(rows, experts), trained, strict=True):
-        sums = tuple(zeros_beside(x, w.shape, jnp.float32) for w in expert) if is_trained else ()
+        sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in expert) if is_trained else ()
 
         def block(start, end, carry, expert):
             buffers, sums = carry
@@ -71,8 +72,8 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
 
         buffers, sums = _over_blocks(block, start, end, (buffers, sums), expert)
         d_experts.append(tuple(s.astype(w.dtype) for s, w in zip(sums, expert, strict=True)) if sums else None)
-    d_x, d_weights = buffers
-    return d_x, d_weights[:, 0], d_experts
+    there = (jnp.arange(len(token)) < jnp.sum(rows.sizes))[:, None]
+    return *(jnp.where(there, a, 0) for a in buffers), d_experts
 
 
 def _groups(rows, experts):
@@ -98,9 +99,10 @@ def _cut(a: Array, start) -> Array:
 
 
 def _put(buffers: tuple, blocks: tuple, start) -> tuple:
-    return tuple(
-        jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), start, 0) for a, b in zip(buffers, blocks, strict=True)
-    )
+    def put(buffer, block):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, block.astype(buffer.dtype), start, 0)
+
+    return tuple(map(put, buffers, blocks))
 
 
 def _transposed_product(a: Float[Array, "N _"], b: Float[Array, "N _"]) -> Float[Array, "_ _"]:

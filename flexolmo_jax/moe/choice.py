@@ -2,6 +2,14 @@
 
 from collections.abc import Mapping
 
+from flexolmo_jax.moe.across_devices import platform
+
+LARGEST_SHARE = {"cpu": 0.7, "gpu": 0.9, "tpu": 0.9}
+"""By platform: up to this share of experts per token, `grouped` beats `dense`. Only that of CPU is measured."""
+
+FEWEST_ROWS = {"cpu": 32, "gpu": 1, "tpu": 1}
+"""By platform: rows per expert from which on sorting is worth it."""
+
 
 def choose_implementation(*, tokens: int, top_k: int, experts: int, axes: Mapping[str, int]) -> str:
     """The best implementation for so many tokens that each choose `top_k` of so many experts.
@@ -14,4 +22,10 @@ def choose_implementation(*, tokens: int, top_k: int, experts: int, axes: Mappin
     """
     if axes.get("expert", 1) > 1:
         return "ring"
-    return "dense"
+    return choose_local(tokens=tokens, top_k=top_k, experts=experts)
+
+
+def choose_local(*, tokens: int, top_k: int, experts: int) -> str:
+    """The same for the tokens of one device, which has all it needs of all experts."""
+    few = tokens * top_k < FEWEST_ROWS[platform()] * experts
+    return "dense" if few or top_k > LARGEST_SHARE[platform()] * experts else "grouped"

@@ -1,22 +1,27 @@
 """The products of `grouped` on TPU and GPU: all experts' weights in one array, one grouped product for each matrix.
 
-On TPU it is `jax.lax.ragged_dot_general`, which XLA compiles to exactly the active products. On GPU XLA may compute its
-backward pass densely, so there it is tokamax's kernel, by name: left to choose, tokamax would take another silently. Its
-gradient of an empty group's weights is not defined, so those are set to zero here.
+On TPU, products of rows are `jax.lax.ragged_dot_general`, which XLA compiles to the active products alone. The
+gradients of weights it would compute for every expert from every row; there it is the Pallas kernel `tgmm` of megablox.
+On GPU XLA's backward pass may be dense as well, so all are tokamax's kernels, by name: left to choose, tokamax takes
+another one silently. Its gradient of an empty group's weights is not defined and is set to zero here.
 
-Axis legend: see `flexolmo_jax.moe.grouped`.
+Axis legend: see `flexolmo_jax.moe.sorting`.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float
 
 from flexolmo_jax.moe.across_devices import platform
 
 GPU_IMPLEMENTATION = "triton"
-"""The implementation of `tokamax.ragged_dot_general` on GPU; not yet measured."""
+"""Of tokamax's `ragged_dot_general`; it exists for all of NVIDIA's GPUs that JAX supports. Not yet measured."""
+
+TILE = 512
+"""Rows, and columns at most, of the tiles that `tgmm` works on."""
 
 _BY_ROW = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
 _BY_ROW_TRANSPOSED = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
@@ -27,38 +32,63 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
     """Outputs of all rows, and the activations that the backward pass needs: gate and up, before the nonlinearity."""
     gate, up, down = (jnp.stack(w) for w in zip(*experts, strict=True))
     inputs = x[rows.token]
-    g, u = (_product(inputs, w, rows.sizes, _BY_ROW) for w in (gate, up))
-    return _product(jax.nn.silu(g) * u, down, rows.sizes, _BY_ROW), (g, u)
+    g, u = (_of_rows(inputs, w, rows.sizes, _BY_ROW) for w in (gate, up))
+    return _of_rows(jax.nn.silu(g) * u, down, rows.sizes, _BY_ROW), (g, u)
 
 
 def backward(x, cotangent, weights, rows, experts, activations, trained) -> tuple[Any, Any, Any]:
-    """Gradients of the rows' inputs [R, D], of their weights [R], and of the experts, None for those not trained."""
+    """Gradients of the rows' inputs [R, D], of their weights [R, 1], and of the experts, None for those not trained.
+
+    What belongs to no expert is zero.
+    """
     gate, up, down = (jnp.stack(w) for w in zip(*experts, strict=True))
-    g, u = activations
     # Rows of no expert hold whatever the kernels left there.
-    there = (jnp.arange(len(rows.token)) < jnp.sum(rows.sizes))[:, None]
-    g, u, weight = jnp.where(there, g, 0), jnp.where(there, u, 0), weights[:, None]
-    inputs, d_mixed = x[rows.token], cotangent[rows.token]
+    there = (jnp.arange(len(rows.choice)) < jnp.sum(rows.sizes))[:, None]
+    g, u = (jnp.where(there, a, 0) for a in activations)
+    inputs, d_mixed, weight = x[rows.token], cotangent[rows.token], weights[:, None]
     silu, slope = jax.nn.silu(g), jax.nn.sigmoid(g)
     slope = slope * (1 + g * (1 - slope))
     h = silu * u
-    d_h = jnp.where(there, _product(d_mixed, down, rows.sizes, _BY_ROW_TRANSPOSED), 0)
-    d_weight = jnp.sum(d_h.astype(jnp.float32) * h, axis=1)
+    d_h = jnp.where(there, _of_rows(d_mixed, down, rows.sizes, _BY_ROW_TRANSPOSED), 0)
+    d_weight = jnp.sum(d_h.astype(jnp.float32) * h, axis=1, keepdims=True)
     d_h = (d_h * weight).astype(x.dtype)
     d_g, d_u = d_h * u * slope, d_h * silu
-    d_inputs = _product(d_g, gate, rows.sizes, _BY_ROW_TRANSPOSED) + _product(d_u, up, rows.sizes, _BY_ROW_TRANSPOSED)
+    d_inputs = _of_rows(d_g, gate, rows.sizes, _BY_ROW_TRANSPOSED) + _of_rows(d_u, up, rows.sizes, _BY_ROW_TRANSPOSED)
     if not any(trained):
-        return d_inputs, d_weight, [None] * len(experts)
-    sums = [
-        jnp.where((rows.sizes > 0)[:, None, None], _product(a, b, rows.sizes, _BY_GROUP), 0)
-        for a, b in ((inputs, d_g), (inputs, d_u), (h, (d_mixed * weight).astype(x.dtype)))
-    ]
-    return d_inputs, d_weight, [tuple(s[i] for s in sums) if is_trained else None for i, is_trained in enumerate(trained)]
+        return jnp.where(there, d_inputs, 0), d_weight, [None] * len(experts)
+    pairs = (inputs, d_g), (inputs, d_u), (h, (d_mixed * weight).astype(x.dtype))
+    d_experts = zip(*(_of_groups(a, b, rows.sizes, trained) for a, b in pairs), strict=True)
+    return (
+        jnp.where(there, d_inputs, 0),
+        d_weight,
+        [d if own else None for d, own in zip(d_experts, trained, strict=True)],
+    )
 
 
-def _product(a: Array, b: Array, sizes: Array, dimensions: jax.lax.RaggedDotDimensionNumbers) -> Array:
+def _of_rows(a: Float[Array, "R _"], b: Float[Array, "E _ _"], sizes, dimensions) -> Float[Array, "R _"]:
+    """Every row times its own expert's matrix."""
     if platform() == "tpu":
         return jax.lax.ragged_dot_general(a, b, sizes, dimensions, preferred_element_type=a.dtype)
+    return _tokamax(a, b, sizes, dimensions)
+
+
+def _of_groups(a: Float[Array, "R _"], b: Float[Array, "R _"], sizes, wanted: tuple[bool, ...]) -> list:
+    """For each wanted expert, the product of its rows of `a`, transposed, with those of `b`."""
+    if platform() != "tpu":
+        return list(jnp.where((sizes > 0)[:, None, None], _tokamax(a, b, sizes, _BY_GROUP), 0))
+    missing = -len(a) % TILE
+    a, b = (jnp.pad(each, ((0, missing), (0, 0))) for each in (a, b))
+    tiling = TILE, min(TILE, a.shape[1]), min(TILE, b.shape[1])
+    if all(wanted):
+        return list(tgmm(a.T, b, sizes, a.dtype, tiling))
+
+    def of_one(expert: int) -> Float[Array, "_ _"]:
+        return tgmm(a.T, b, sizes, a.dtype, tiling, jnp.int32(expert), 1)[0]
+
+    return [of_one(expert) if own else None for expert, own in enumerate(wanted)]
+
+
+def _tokamax(a: Array, b: Array, sizes: Array, dimensions) -> Array:
     import tokamax
 
     return tokamax.ragged_dot_general(

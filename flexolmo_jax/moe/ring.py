@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float, Int
 
-from flexolmo_jax.moe import dense
+from flexolmo_jax.moe import dense, grouped
 from flexolmo_jax.moe.across_devices import mesh_axes, with_gathered_tokens
+from flexolmo_jax.moe.choice import choose_local
+
+LOCAL = {"dense": dense.mix_local, "grouped": grouped.mix_local}
 
 
 def mix_experts(
@@ -24,4 +27,9 @@ def mix_experts(
 ) -> Float[Array, "T D"]:
     if mesh_axes().get("expert", 1) == 1:
         raise ValueError("ring needs a mesh whose axis `expert` is larger than 1; set it with jax.set_mesh")
-    return with_gathered_tokens(dense.mix_local, (x, probabilities, choices), experts)
+
+    def local(x, probabilities, choices, experts):
+        name = choose_local(tokens=len(x), top_k=choices.shape[1], experts=len(experts))
+        return LOCAL[name](x, probabilities, choices, experts)
+
+    return with_gathered_tokens(local, (x, probabilities, choices), experts)

@@ -36,9 +36,9 @@ LAYOUTS: dict[str, Rules] = {
 
 - `replicated`: every device holds all parameters.
 - `fsdp`: every matrix is cut along the model's width, and gathered layer by layer when it is used.
-- `fsdp_expert`: the same, and the experts' hidden units are cut over `expert` as well. These pieces stay where they are:
-  the tokens travel, not the weights (see `flexolmo_jax.moe.ring`). Every device holds a piece of every expert, so the
-  number of experts need not fit the axis, and neither an unpopular nor a frozen expert leaves a device idle.
+- `fsdp_expert`: the same, and the experts' hidden units are cut over `expert` as well. These pieces stay where they
+  are: the tokens travel, not the weights (see `flexolmo_jax.moe.ring`). Every device holds a piece of every expert, so
+  the number of experts need not fit the axis, and neither an unpopular nor a frozen expert leaves a device idle.
 """
 
 

@@ -23,8 +23,8 @@ class MeshConfig:
 
     Attributes:
       layout: "replicated", "fsdp" or "fsdp_expert" (see `flexolmo_jax.parallel.layouts`).
-      data: replicas of the parameters, over all slices; 0 means one per slice or, where `fsdp` is given or cuts nothing,
-        all devices that the other axes leave over.
+      data: replicas of the parameters, over all slices; 0 means one per slice or, where `fsdp` is given or cuts
+        nothing, all devices that the other axes leave over.
       fsdp: pieces of every matrix, gathered when used; 0 means all devices that the other axes leave over.
       expert: pieces of the experts' hidden units, between which tokens travel.
       tensor: pieces of heads and hidden units.

@@ -25,7 +25,14 @@ def check_name(name: str) -> None:
 
 
 def write(
-    out: Path, params: Mapping[str, Any], anchor: Manifest, record: ExpertRecord, *, top_k: int, gin: str
+    out: Path,
+    params: Mapping[str, Any],
+    anchor: Manifest,
+    record: ExpertRecord,
+    *,
+    top_k: int,
+    gin: str,
+    implementation: str = "",
 ) -> None:
     """Writes the contribution of expert `record.name` for this anchor, replacing an older one.
 
@@ -36,6 +43,7 @@ def write(
       record: who contributes what under which terms; its `contribution` is filled in here.
       top_k: experts per token that it was trained with.
       gin: operative configuration of the job.
+      implementation: the implementation of `mix_experts` that the job ran.
     """
     check_name(record.name)
     mine = select(params, lambda path: belongs_to_expert(path, record.name))
@@ -48,6 +56,7 @@ def write(
         top_k=top_k,
         tokenizer=anchor.tokenizer,
         gin=gin,
+        implementation=implementation,
     )
     checkpoint.write(out, mine, manifest, overwrite=True)
 

@@ -47,6 +47,7 @@ class Manifest:
       top_k: experts per token that the artefact was trained or validated with.
       tokenizer: name of the vocabulary.
       gin: the operative configuration of the job that made it.
+      implementation: the implementation of `mix_experts` that the job ran; empty in a merge.
       router_tuned_on: owners whose proxies a router tuning saw; empty for a strict merge.
       format_version: of this schema.
     """
@@ -59,6 +60,7 @@ class Manifest:
     top_k: int
     tokenizer: str = "bytes"
     gin: str = ""
+    implementation: str = ""
     router_tuned_on: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 

@@ -135,6 +135,7 @@ def train_expert(
                 "batch": f"{shares[OWN]:.0%} own, {shares[FOREIGN]:.0%} public, {shares[DECOY]:.0%} decoys",
                 "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
                 "mesh": layout.describe(),
+                "experts": run.implementation(TOP_K, layout),
                 "out": out,
             },
         )
@@ -162,7 +163,15 @@ def train_expert(
             build, frozen, state.params, expert.name, own_held_out, public_held_out, calibration
         )
         record = ExpertRecord(name=expert.name, owner=expert.owner, tokens_seen=tokens_seen, licence=expert.licence)
-        contribution.write(out / "contribution", jax.device_get(params), base, record, top_k=TOP_K, gin=gin)
+        contribution.write(
+            out / "contribution",
+            jax.device_get(params),
+            base,
+            record,
+            top_k=TOP_K,
+            gin=gin,
+            implementation=run.implementation(TOP_K, layout),
+        )
         return result | {"calibration": found}
 
 

@@ -71,6 +71,7 @@ def pretrain(
                     "text": f"{text}, {len(rows):,} rows of {run.sequence_length} tokens",
                     "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
                     "mesh": layout.describe(),
+                    "experts": run.implementation(1, layout),
                     "out": out,
                 },
             )
@@ -96,6 +97,7 @@ def pretrain(
                 arrays=described,
                 top_k=1,
                 gin=gin,
+                implementation=run.implementation(1, layout),
             )
             checkpoint.write(out / "anchor", jax.device_get(state.params), manifest)
     manifest = read(out / "anchor", "anchor")

@@ -87,6 +87,7 @@ def tune_router(
                 "text": f"{', '.join(corpora)} in equal parts",
                 "run": f"{run.steps:,} steps of {run.batch_size} rows, {tokens_seen:,} tokens",
                 "mesh": layout.describe(),
+                "experts": run.implementation(len(base.names), layout),
                 "out": out,
             },
         )
@@ -108,7 +109,11 @@ def tune_router(
         )
         tuned = jax.device_get(state.params)
         derived = dataclasses.replace(
-            base, arrays=base.arrays | arrays.digests(tuned), router_tuned_on=tuple(proxies), gin=gin
+            base,
+            arrays=base.arrays | arrays.digests(tuned),
+            router_tuned_on=tuple(proxies),
+            gin=gin,
+            implementation=run.implementation(len(base.names), layout),
         )
         checkpoint.write(out / "merged", join(rest, tuned), derived)
         return result

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.transformer import REMAT_POLICIES
+from flexolmo_jax.moe import choose_implementation
+from flexolmo_jax.parallel import Layout
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -48,6 +51,12 @@ class RunConfig:
             raise UserError(f"RunConfig.compute_dtype is {self.compute_dtype!r}, but must be one of {sorted(DTYPES)}")
         if self.remat not in REMAT_POLICIES:
             raise UserError(f"RunConfig.remat is {self.remat!r}, but must be one of {sorted(REMAT_POLICIES)}")
+
+    def implementation(self, experts: int, layout: Layout) -> str:
+        """The implementation of `mix_experts` that a step runs, every token choosing all of so many experts."""
+        tokens = self.batch_size // self.accumulation * self.sequence_length
+        with jax.set_mesh(layout.mesh):
+            return choose_implementation(tokens=tokens, top_k=experts, experts=experts, axes=dict(layout.mesh.shape))
 
     @property
     def model_options(self) -> dict:

@@ -89,9 +89,7 @@ def reference(inputs: Inputs, cotangent: np.ndarray) -> tuple[np.ndarray, Gradie
 
 def evaluate(mix_experts: Callable, inputs: Inputs, cotangent: np.ndarray) -> tuple[np.ndarray, Gradients]:
     """The same by an implementation, in float32."""
-    x, probabilities, cotangent = (
-        jnp.asarray(a, jnp.float32) for a in (inputs.x, inputs.probabilities, cotangent)
-    )
+    x, probabilities, cotangent = (jnp.asarray(a, jnp.float32) for a in (inputs.x, inputs.probabilities, cotangent))
     experts = [FeedForward(*(jnp.asarray(w, jnp.float32) for w in expert)) for expert in inputs.experts]
     choices = jnp.asarray(inputs.choices)
 
@@ -124,4 +122,4 @@ EDGES = [
     Case(tokens=13, width=8, hidden=16, experts=3, top_k=2, popular=3, masked=1.0),
     Case(tokens=1, width=8, hidden=16, experts=3, top_k=2, popular=3),
 ]
-"""Experts that divide no axis, fewer experts than devices, empty and uneven groups, masks, one token, no token at all."""
+"""Experts that divide no axis, fewer experts than devices, empty and uneven groups, masks, one token."""

@@ -1,10 +1,11 @@
 """The layouts on eight simulated devices: the same losses as on one, parameters cut as the table says, guards."""
 
+import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +31,8 @@ from flexolmo_jax.train.step import TrainState, make_step
 from tests.small import CONFIG, random_params
 from tests.train.test_train_step import batch_of
 
+if len(sys.argv) > 2:
+    jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
 task = ExpertTraining("math", ObjectiveConfig(), RestraintConfig())
 optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1).build(10)
 step = jax.jit(make_step(builder(CONFIG, (PUBLIC, "math")), task.weigh, task.loss, optimizer, accumulation=1))
@@ -57,15 +60,27 @@ MESHES = {
 }
 
 
-def losses_on(devices: int, meshes: dict) -> dict:
+def start(devices: int, meshes: dict, *process: str) -> subprocess.Popen:
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     }
-    program = [sys.executable, "-c", PROGRAM, json.dumps(meshes)]
-    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    program = [sys.executable, "-c", PROGRAM, json.dumps(meshes), *process]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen) -> dict:
+    try:
+        out, error = process.communicate(timeout=280)
+    finally:
+        process.kill()
+    assert process.returncode == 0, error[-2000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def losses_on(devices: int, meshes: dict) -> dict:
+    return finish(start(devices, meshes))
 
 
 def test_every_layout_gives_the_losses_of_one_device():
@@ -80,6 +95,20 @@ def test_every_layout_gives_the_losses_of_one_device():
     assert spread["fsdp_expert"]["piece"] == [2, 8, 6]
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_device():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    processes = [start(4, MESHES, coordinator, str(number)) for number in range(2)]
+    both = [finish(process) for process in processes]
+    (alone,) = losses_on(1, {"alone": {}}).values()
+    for found in both:
+        for name in MESHES:
+            assert found[name]["devices"] == 8
+            np.testing.assert_allclose(found[name]["losses"], alone["losses"], atol=1e-4, err_msg=name)
+
+
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
     count = len(jax.devices())
     with pytest.raises(UserError, match=f"needs {3 * count} devices, but there are {count}"):
@@ -92,7 +121,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
         MeshConfig(layout="fsdp", expert=2)
 
 
-class Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Device:
     """What a mesh is made of, in a job of several slices."""
 
     id: int
@@ -126,8 +156,12 @@ def test_a_layout_that_leaves_much_of_a_model_whole_is_refused():
     devices = [Device(number, 0) for number in range(8)]
     layout = MeshConfig(layout="fsdp").build(devices)
     layout.check(abstract_params(CONFIG, (PUBLIC, "math")))
-    wide = {"anchor": {"norm": jax.ShapeDtypeStruct((3, 100), "float32"), "head": jax.ShapeDtypeStruct((8, 8), "float32")}}
-    with pytest.raises(UserError, match="82% of the parameters would stay whole on every device of fsdp, data 1 x fsdp 8"):
+    wide = {
+        "anchor": {"norm": jax.ShapeDtypeStruct((3, 100), "float32"), "head": jax.ShapeDtypeStruct((8, 8), "float32")}
+    }
+    with pytest.raises(
+        UserError, match="82% of the parameters would stay whole on every device of fsdp, data 1 x fsdp 8"
+    ):
         layout.check(wide)
     with pytest.raises(UserError, match="anchor/head has an axis of 12, which the mesh axes fsdp do not cut into 8"):
         layout.shardings({"anchor": {"head": jax.ShapeDtypeStruct((12, 8), "float32")}})
@@ -138,5 +172,7 @@ def test_an_optimizer_state_lies_where_its_parameters_do():
     params = abstract_params(CONFIG, (PUBLIC, "math"))
     state = jax.eval_shape(OptimizerConfig(learning_rate=1e-2, warmup_steps=1).build(10).init, params)
     specs = [at.spec for at in jax.tree.leaves(layout.shardings(params))]
-    found = [at.spec for leaf, at in zip(*map(jax.tree.leaves, (state, layout.shardings(state))), strict=True) if leaf.ndim]
+    found = [
+        at.spec for leaf, at in zip(*map(jax.tree.leaves, (state, layout.shardings(state))), strict=True) if leaf.ndim
+    ]
     assert found == 2 * specs

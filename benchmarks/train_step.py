@@ -1,0 +1,261 @@
+"""Forward pass, training step and expert-only step beside transformers' FlexOlmo in PyTorch.
+
+    python benchmarks/train_step.py [--json FILE] [--repeats 5] [--dtype float32] [--jobs forward,train,expert]
+
+Both programs have the same weights, tokens, threads and dtype. Each runs in a process of its own, and the two of a pair
+take turns, so that a busy machine slows both alike; PyTorch's experts are tried in each form that transformers has, and
+the best one counts. Figures are medians. About half an hour on two cores, and 8 GiB of memory.
+
+The peer's expert-only step is the official one: gradients of all parameters, those of the anchor then set to zero.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PEERS = "eager", "batched_mm", "grouped_mm"
+"""Forms of the experts that transformers has."""
+
+EXPERTS = {"forward": 4, "train": 4, "expert": 2}
+"""Experts of the model in each job; every token goes to two."""
+
+TARGETS = {"forward": 1.2, "train": 1.25, "expert": 1.7}
+"""Ours over the best of theirs, tokens per second in float32."""
+
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 512,
+}
+LEARNING_RATE = 1e-4
+
+
+def draw_tokens(rows: int, length: int):
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (rows, length + 1)).astype(np.int32)
+
+
+def write_model(directory: Path, experts: int) -> None:
+    """A random FlexOlmo of this many experts, as Hugging Face writes it."""
+    import torch
+    from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
+
+    torch.manual_seed(0)
+    tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+    FlexOlmoForCausalLM(FlexOlmoConfig(**SHAPE, **tokens, num_experts=experts, num_experts_per_tok=2)).save_pretrained(
+        directory
+    )
+
+
+def ours(directory: Path, job: str, dtype: str, rows: int, length: int) -> Callable:
+    """Our program of a job: every call does it once and returns when it is done."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    from flexolmo_jax.data.packing import Rows
+    from flexolmo_jax.data.reading import Batch
+    from flexolmo_jax.hf.importing import read_hf
+    from flexolmo_jax.model import builder
+    from flexolmo_jax.model.partition import belongs_to_expert, split
+    from flexolmo_jax.train.frozen import in_compute_dtype
+    from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig, language_modelling
+    from flexolmo_jax.train.step import TrainState, make_step
+
+    model = read_hf(directory)
+    tokens = draw_tokens(rows, length)
+    build = builder(model.config, model.names, compute_dtype=jnp.dtype(dtype))
+    if job == "forward":
+        params = jax.tree.map(jnp.asarray, in_compute_dtype(model.params, jnp.dtype(dtype)))
+        forward = jax.jit(lambda params, ids: build(params)(ids, top_k=2))
+        return lambda: jax.block_until_ready(forward(params, tokens[:, :-1]))
+
+    shape = rows, length
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
+    packed = Rows(tokens[:, :-1], tokens[:, 1:], positions, np.ones(shape, np.int32), np.ones(shape, np.float32))
+    name = model.names[-1]
+    trained, frozen = split(model.params, lambda path: job == "train" or belongs_to_expert(path, name))
+    trained, frozen = jax.tree.map(jnp.asarray, (trained, in_compute_dtype(frozen, jnp.dtype(dtype))))
+    objective, optimizer = ObjectiveConfig(head_z_loss=0.0, router_z_loss=0.0), optax.adamw(LEARNING_RATE)
+
+    def loss(model, batch, weights):
+        return language_modelling(model, batch.rows, weights["text"], objective, top_k=2)[:2]
+
+    step = jax.jit(make_step(build, LanguageModelling(objective).weigh, loss, optimizer), donate_argnums=0)
+    state = TrainState(trained, optimizer.init(trained))
+    batch = jax.tree.map(jnp.asarray, Batch(packed, np.zeros(rows, np.int32)))
+
+    def once():
+        nonlocal state
+        state, metrics = step(state, frozen, batch)
+        jax.block_until_ready((state, metrics))
+
+    return once
+
+
+def theirs(directory: Path, job: str, dtype: str, rows: int, length: int, experts: str) -> Callable:
+    """PyTorch's program of a job."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), attn_implementation="sdpa", experts_implementation=experts
+    )
+    tokens = torch.as_tensor(draw_tokens(rows, length)).long()
+    if job == "forward":
+
+        def forward():
+            with torch.inference_mode():
+                model(tokens[:, :-1], use_cache=False)
+
+        return forward
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def keep_new_expert():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name or name.endswith("mlp.gate.weight"):
+                parameter.grad[0] = 0
+            else:
+                parameter.grad.zero_()
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        logits = model(tokens[:, :-1], use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+        if job == "expert":
+            keep_new_expert()
+        optimizer.step()
+
+    return step
+
+
+def serve(directory: Path, job: str, dtype: str, rows: int, length: int, experts: str) -> None:
+    """In a process of its own: does the job once for every line that comes, and answers with the seconds it took."""
+    make = ours if experts == "ours" else functools.partial(theirs, experts=experts)
+    program = make(directory, job, dtype, rows, length)
+    program()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        program()
+        print(time.perf_counter() - begin, flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+
+
+def take_turns(commands: list[list[str]], repeats: int) -> list[tuple[float, int]]:
+    """Median seconds and peak memory in bytes of programs that run `serve`."""
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for command in commands
+    ]
+    try:
+        for process in processes:
+            if process.stdout.readline().strip() != "ready":
+                raise RuntimeError(f"{' '.join(process.args)} failed")
+        taken: list[list[float]] = [[] for _ in processes]
+        for _ in range(repeats):
+            for times, process in zip(taken, processes, strict=True):
+                process.stdin.write("\n")
+                process.stdin.flush()
+                times.append(float(process.stdout.readline()))
+        return [
+            (statistics.median(times), int(process.communicate()[0].split()[-1]))
+            for times, process in zip(taken, processes, strict=True)
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def measure(job: str, dtype: str, rows: int, length: int, repeats: int) -> list[dict]:
+    """One row of the table for every form of the peer's experts, each beside ours."""
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        write_model(Path(scratch), EXPERTS[job])
+        for peer in PEERS:
+            command = [sys.executable, __file__, "--serve", scratch, "--jobs", job, "--dtype", dtype]
+            command += ["--rows", str(rows), "--length", str(length), "--experts"]
+            (our_time, our_peak), (time_, peak) = take_turns([[*command, "ours"], [*command, peer]], repeats)
+            found.append(
+                {
+                    "job": job,
+                    "dtype": dtype,
+                    "peer": peer,
+                    "our tokens/s": round(rows * length / our_time),
+                    "peer tokens/s": round(rows * length / time_),
+                    "our GiB": round(our_peak / 2**30, 2),
+                    "peer GiB": round(peak / 2**30, 2),
+                }
+            )
+    return found
+
+
+def judge(rows: list[dict]) -> dict[str, dict]:
+    """What is promised in float32: ours over the best of theirs in the same run."""
+    checks = {}
+    for job in dict.fromkeys(row["job"] for row in rows):
+        best = max((row for row in rows if row["job"] == job), key=lambda row: row["peer tokens/s"])
+        if best["dtype"] != "float32":
+            continue
+        value = round(best["our tokens/s"] / best["peer tokens/s"], 2)
+        target = TARGETS[job]
+        checks[f"{job}: speed"] = {"value": value, "target": f">= {target}", "ok": value >= target}
+        if job == "expert":
+            share = round(best["our GiB"] / best["peer GiB"], 2)
+            checks["expert: peak memory"] = {"value": share, "target": "<= 0.5", "ok": share <= 0.5}
+    return checks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser.add_argument("--repeats", type=int, default=5, help="times that each program does its job")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--jobs", default="forward,train,expert", help="which jobs, separated by commas")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--experts", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = arguments.dtype, arguments.rows, arguments.length
+    if arguments.serve:
+        serve(arguments.serve, arguments.jobs, *sizes, arguments.experts)
+        return
+
+    from flexolmo_jax.evaluate.report import versions
+    from flexolmo_jax.terminal import table
+
+    rows = [row for job in arguments.jobs.split(",") for row in measure(job, *sizes, arguments.repeats)]
+    table("steps beside transformers' FlexOlmo", list(rows[0]), [list(row.values()) for row in rows])
+    checks = judge(rows)
+    for name, check in checks.items():
+        print(f"{'ok  ' if check['ok'] else 'MISS'} {name}: {check['value']} (target {check['target']})")
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+    }
+    if arguments.json:
+        result = {"machine": machine, "versions": versions(), "rows": rows, "checks": checks}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
