@@ -28,6 +28,7 @@ LEAVES = {
     "merge.md": ["runs/math_and_code/manifest.json", "runs/math_and_unicode/manifest.json"],
     "tune_router.md": ["runs/proxies/math/train.jsonl.gz", "runs/tuned/merged/manifest.json"],
     "choose_experts.md": ["runs/evaluation/report.json", "runs/evaluation/opt_out.png"],
+    "plan.md": ["runs/plan/plan.json", "runs/plan/plan.png"],
     "export.md": ["runs/hf/all/model.safetensors", "runs/hf/math/config.json"],
 }
 """Files that a page's commands must have written."""
@@ -36,6 +37,7 @@ SAYS = {
     "confine.md": ["exit code 2", "list my_text: allowed", "list math: Permission denied", "write: Permission denied"],
     "merge.md": ["public, math, code", "('public', 'math', 'unicode')"],
     "choose_experts.md": ["'U+4E2D' goes on", "expert:math", "merged:without:code", ", 264)"],
+    "plan.md": ["train-expert on h100:64 fits", "by formulas alone"],
     "tune_router.md": ['"router_tuned_on": ["math", "code"]'],
     "export.md": ["FlexOlmoForCausalLM", "max_difference"],
     "formats.md": ["merged", '"tokens_seen": 10'],
