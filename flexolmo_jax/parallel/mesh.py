@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.parallel.layouts import AXES, BATCH_AXES, LAYOUTS, LEAVES, axes_that_cut
@@ -100,7 +100,7 @@ class Layout:
     """
 
     name: str
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     def shardings(self, tree: Any) -> Any:
         """Where the arrays of a tree lie: parameters, or an optimizer state whose leaves are named like parameters.

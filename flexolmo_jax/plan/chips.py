@@ -82,7 +82,7 @@ CHIPS = {
             hbm_bandwidth=3350e9,
             link_bandwidth=50e9,
             axes=0,
-            source="NVIDIA's data sheet of the H100 SXM: 989 TFLOPS dense, 80 GB, 3.35 TB/s; a port of 400 Gb/s per GPU, "
+            source="NVIDIA's data sheet of the H100: 989 TFLOPS dense, 80 GB, 3.35 TB/s; a port of 400 Gb/s per GPU, "
             "as in a DGX H100, because a job larger than a host is bound by it",
         ),
     )

@@ -1,6 +1,6 @@
 """What a job needs by formulas alone: for accelerators that cannot be compiled for here, and to order a search.
 
-Axis legend: `L` layers, `D` width, `F` hidden, `V` vocabulary, `H` heads, `K` choices per token; `T` tokens of a device.
+Axis legend: `L` layers, `D` width, `F` hidden, `V` vocabulary, `H` heads, `K` choices per token; `T` tokens.
 """
 
 import math
@@ -31,7 +31,8 @@ def memory(job: Job, layout: Layout, available: int) -> Memory:
     tokens, width = rows * run.sequence_length, DTYPES[run.compute_dtype].dtype.itemsize
     trains = job.kind in TRAINING
     trained, frozen = (_bytes(tree, layout) for tree in job.params())
-    arguments = trained * 3 + frozen + 5 * FLOAT32 * tokens * run.accumulation
+    batch = (5 if trains else 1) * FLOAT32 * tokens * run.accumulation
+    arguments = trained * 3 + frozen + batch
     products = 2 * model.width + 2 * model.kv_width + job.top_k * (2 * model.hidden + model.width)
     block = min(QUERIES_AT_ONCE, run.sequence_length)
     attention = rows * model.heads * block * run.sequence_length * (FLOAT32 + width)

@@ -46,12 +46,16 @@ def traffic(module: Module) -> dict[str, int]:
     """Bytes that one device receives in one step, by kind of collective.
 
     A gather of `b` bytes from `n` devices receives `b (n - 1) / n`, and so on: see `flexolmo_jax.plan.minimum.traffic`.
+    On TPU a collective that runs behind other work stands in the program three times: where it starts, fused with that
+    work, and where it ends. It counts where it starts.
     """
     found: dict[str, float] = defaultdict(float)
-    for run in module.runs():
-        kind = run.instruction.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
+    runs = [run for run in module.runs() if run.instruction.opcode.removesuffix("-start") in COLLECTIVES]
+    started = {_channel(run.instruction) for run in runs if _is_start(run)}
+    for run in runs:
+        if _channel(run.instruction) in started and not _is_start(run):
             continue
+        kind = run.instruction.opcode.removesuffix("-start")
         operands = sum(run.computation[name].num_bytes for name in run.instruction.operands)
         devices = _group_size(run.instruction)
         if kind == "all-reduce" and _keeps_a_piece(run):
@@ -130,6 +134,15 @@ def _group_size(collective: Instruction) -> int:
     raise ValueError(f"cannot read which devices take part in {collective.name}: {text[:200]}")
 
 
+def _is_start(run: Run) -> bool:
+    return run.within is not None and run.within.name.startswith("async-collective-start")
+
+
+def _channel(collective: Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", collective.attributes)
+    return found[1] if found else collective.name
+
+
 def _keeps_a_piece(run: Run) -> bool:
     """Whether TPU's fused form of a reduce-scatter surrounds this all-reduce: the sum, of which a piece is kept."""
     if run.within is None or run.within.opcode != "fusion":
@@ -165,7 +178,7 @@ def memory_traffic(module: Module) -> int:
     """Bytes that one device reads from its memory and writes to it in one step, as XLA's own cost analysis counts them.
 
     Every instruction outside a fusion reads its operands and writes its result, but for what lies in a memory on the
-    compute core. Of an array of which only slices are taken the slices count, of one that is updated in place the update.
+    compute core. Of an array of which only slices are taken the slices count, of one updated in place the update.
     """
     return sum(run.times * _bytes_moved(run, module) for run in module.runs() if run.within is None)
 

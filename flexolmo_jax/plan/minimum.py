@@ -121,14 +121,15 @@ class Traffic(NamedTuple):
 def traffic(job: Job, layout: Layout) -> Traffic:
     """The least bytes that a device must receive with this layout, in one step.
 
-    - gather: every matrix that is cut over `fsdp` comes together once for the forward pass and, where gradients pass
-      through it, once for the backward pass, in the compute dtype: keeping all of them in between would undo the cut.
-      The head's backward pass follows at once, and an embedding is looked up, which takes no more than the tokens' own
-      vectors.
+    - gather: every matrix that is cut over `fsdp` comes together once for a forward pass (each new token is one) and,
+      where gradients pass through it, once for the backward pass, in the compute dtype: keeping all of them in between
+      would undo the cut. The head's backward pass follows at once, and an embedding is looked up, which takes no more
+      than the tokens' own vectors.
     - reduce: the gradient of every trained leaf is summed, in the compute dtype, over the devices that saw other rows;
       each is left with its own piece of the sum, and pieces that several devices keep are summed among these.
-    - tokens: over `expert` the tokens of a layer are shown around and their mixed outputs handed back, and over
-      `tensor` the outputs of attention and experts are summed, in the forward pass and again in the backward pass.
+    - tokens: over `expert` the tokens of a layer are shown around and their mixed outputs handed back (in an expert job
+      each expert's own, which its restraints compare), and over `tensor` the outputs of attention and experts are
+      summed, in the forward pass and again in the backward pass.
 
     Gathering `n` pieces of `b` bytes in all receives `b (n - 1) / n`, reducing so many with each left one piece the
     same, and with everyone left the whole sum, twice that (Chan et al., "Collective communication", 2007).
@@ -138,6 +139,7 @@ def traffic(job: Job, layout: Layout) -> Traffic:
     pieces_of_batch = math.prod(sizes[axis] for axis in BATCH_AXES)
     local_tokens = job.tokens / job.run.accumulation / pieces_of_batch
     gather = reduce = tokens = 0.0
+    passes = 1 + job.new_tokens if job.kind == "generate" else 1
     through = {each.path for each in products(job) if each.path and each.input_gradient} if _trains(job) else set()
     trained, frozen = job.params()
     for tree in (trained, frozen):
@@ -149,10 +151,10 @@ def traffic(job: Job, layout: Layout) -> Traffic:
             fsdp = sizes["fsdp"] if "fsdp" in axes else 1
             vectors = local_tokens * job.model.width * bytes_each
             if path[-1] == "embed":
-                gather += min(held, vectors) * _others(fsdp)
+                gather += min(passes * held, vectors) * _others(fsdp)
             elif is_matrix(path):
                 again = path in through and path[-1] != "head"
-                gather += held * _others(fsdp) * (1 + again)
+                gather += held * _others(fsdp) * (passes + again)
             if job.is_trained(path) and _trains(job):
                 scattered = [axis for axis in axes if axis in BATCH_AXES and axis == "fsdp"]
                 summed = math.prod(sizes[axis] for axis in BATCH_AXES if axis not in axes)
@@ -160,7 +162,8 @@ def traffic(job: Job, layout: Layout) -> Traffic:
                 reduce += held * _others(pieces) + 2 * held / pieces * _others(summed)
     width = local_tokens * job.model.width * bytes_each * job.model.layers * (2 if _trains(job) else 1)
     shown = sizes["expert"] - 1 if layout.name == "fsdp_expert" else 0
-    tokens += 2 * width * shown + 2 * 2 * width * sizes["expert"] * _others(sizes["tensor"])
+    outputs = job.experts if job.kind == "train-expert" else 1
+    tokens += (1 + outputs) * width * shown + 2 * 2 * width * sizes["expert"] * _others(sizes["tensor"])
     return Traffic(*(job.run.accumulation * part for part in (gather, reduce, tokens)))
 
 

@@ -39,6 +39,7 @@ LEAVES = {
     "contributions.md": ["runs/only_math/manifest.json", "runs/full_and_low_rank/manifest.json"],
     "tune_router.md": ["runs/proxies/math/train.jsonl.gz", "runs/tuned/merged/manifest.json"],
     "choose_experts.md": ["runs/evaluation/report.json", "runs/evaluation/opt_out.png"],
+    "plan.md": ["runs/plan/plan.json", "runs/plan/plan.png"],
     "export.md": ["runs/hf/all/model.safetensors", "runs/hf/math/config.json"],
     "import.md": ["runs/math/merged/manifest.json", "runs/math_and_code_again/manifest.json"],
 }
@@ -51,6 +52,7 @@ SAYS = {
     "contributions.md": ["signed_by", "energy_kept"],
     "choose_experts.md": ["'U+4E2D' goes on", "expert:math", "merged:without:code", ", 264)"],
     "embed_domain.md": ["cosine_to_public", "one document added, removed or replaced"],
+    "plan.md": ["train-expert on h100:64 fits", "by formulas alone"],
     "tune_router.md": ['"router_tuned_on": ["math", "code"]'],
     "export.md": ["FlexOlmoForCausalLM", "max_difference"],
     "import.md": ["array_bytes", "public, math, code"],

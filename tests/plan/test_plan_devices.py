@@ -1,0 +1,69 @@
+"""What is read of programs compiled for eight devices, against counts by hand and against the formulas."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.plan.on_eight_devices import EXPERTS, LENGTH, LOOPS, MODEL, ROWS
+
+
+def on_eight_devices(*names: str) -> dict:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    program = [sys.executable, "-m", "tests.plan.on_eight_devices", *names]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def expert_step_by_hand() -> int:
+    """FLOPs of a device: every product of every block forward and back, and weights of the new expert and row.
+
+    A scan cannot leave out what the first block alone does not need, nor attention without its kernel what is masked.
+    """
+    width, kv, hidden = MODEL.width, MODEL.kv_width, MODEL.hidden
+    projections = 2 * width * (2 * width + 2 * kv)
+    attention = 2 * 2 * width * LENGTH
+    router = 2 * 2 * width
+    experts = 2 * 3 * 2 * width * hidden
+    head = 2 * width * MODEL.vocab_size
+    forward = MODEL.layers * (projections + attention + router + experts) + head
+    back = MODEL.layers * (projections + 2 * attention + router + experts) + head
+    weights = MODEL.layers * (experts // 2 + router // 2)
+    return ROWS * LENGTH // 8 * (forward + back + weights)
+
+
+def test_collectives_and_an_expert_job_on_eight_devices():
+    found = on_eight_devices("train-expert:fsdp:full")
+    piece = 16 * 4 * 4
+    by_hand = {
+        "all-gather": 7 * piece,
+        "all-reduce": 2 * piece * 7 // 8,
+        "reduce-scatter": piece * 7 // 8,
+        "all-to-all": piece * 7 // 8,
+        "collective-permute": piece,
+    }
+    assert found["collectives"] == {kind: {kind: LOOPS * received} for kind, received in by_hand.items()}
+
+    job = found["train-expert:fsdp:full"]
+    assert job["flops"]["needed"] == expert_step_by_hand()
+    assert job["flops"]["needed"] > job["least_flops"] / 8
+    assert job["least_traffic"] <= job["traffic"] <= 1.02 * job["least_traffic"]
+    assert 0 <= job["arguments"] - job["estimated_arguments"] <= 16  # step counters, and whose text a row is
+
+
+@pytest.mark.slow
+def test_every_job_and_mesh_keeps_near_the_formulas():
+    names = [f"{kind}:fsdp:full" for kind in EXPERTS]
+    names += ["train-expert:fsdp:none", "train-expert:replicas:full", "train-expert:expert:full"]
+    found = on_eight_devices(*names)
+    for name in names:
+        job = found[name]
+        assert job["least_flops"] / 8 <= job["flops"]["needed"] <= 1.3 * job["least_flops"] / 8, name
+        assert job["traffic"] <= 1.2 * job["least_traffic"], name
+        assert 0 <= job["arguments"] - job["estimated_arguments"] <= 64, name
+    alone, again = found["train-expert:fsdp:none"]["flops"], found["train-expert:fsdp:full"]["flops"]
+    assert alone["recomputed"] == 0 < again["recomputed"]
+    assert alone["needed"] == pytest.approx(again["needed"], rel=0.01)
