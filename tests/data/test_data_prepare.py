@@ -3,8 +3,8 @@
 import gzip
 import hashlib
 import json
+import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -227,44 +227,45 @@ from flexolmo_jax.data import prepare as module, text_task
 from flexolmo_jax.data.prepare import Preparation, prepare_task
 from flexolmo_jax.data.text_task import TextTask
 
-module._SMALL_BYTES, text_task.PART_BYTES = 0, 20_000
+module._SMALL_BYTES, text_task.PART_BYTES = 0, 2000
 if __name__ == "__main__":
-    prepare_task(
-        TextTask(name="words", files=sys.argv[1]),
-        Path(sys.argv[2]),
-        Preparation(workers=2, shard_tokens=20_000, deduplicate="near"),
-    )
+    task = TextTask(name="words", files=sys.argv[1])
+    prepare_task(task, Path(sys.argv[2]), Preparation(workers=2, shard_tokens=10_000))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killing_it_twenty_times_changes_nothing(tmp_path):
+    """Each time a few more pieces of work are done, it is killed at whatever it is doing a random moment later."""
     for number in range(6):
         write_lines(tmp_path / f"text/{number}.jsonl.gz", some_texts(600, seed=number))
     (tmp_path / "run.py").write_text(PREPARE)
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "text")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
     def start(out):
-        return subprocess.Popen(
-            [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "text"), str(tmp_path / out)],
-            cwd=Path(__file__).parents[2],
-            env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"},
-        )
+        return subprocess.Popen([*command, str(tmp_path / out)], env=environment)
 
-    began = time.monotonic()
-    assert start("whole").wait() == 0
-    took = time.monotonic() - began
+    def pieces():
+        return [file for part in ("runs", "reports") for file in tmp_path.glob(f"killed.partial/{part}/[!.]*.json")]
+
     moments = random.Random(1)
-    killed = 0
-    while killed < 20:
+    kept: dict[Path, int] = {}
+    for _ in range(20):
+        enough = len(pieces()) + moments.randint(1, 3)
         process = start("killed")
-        time.sleep(moments.uniform(0.3, 0.9) * took)
-        if process.poll() is None:
-            killed += 1
-            process.send_signal(signal.SIGKILL)
+        while len(pieces()) < enough:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
         process.wait()
-        if (tmp_path / "killed").exists():
-            assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-            subprocess.run(["rm", "-r", str(tmp_path / "killed")], check=True)
-    assert start("killed").wait() == 0
+        finished = {piece: piece.stat().st_mtime_ns for piece in pieces()}
+        assert kept.items() <= finished.items(), "a finished piece was done again"
+        kept = finished
+        assert not (tmp_path / "killed").exists()
+    for out in ("killed", "whole"):
+        assert start(out).wait() == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.partial").exists()
