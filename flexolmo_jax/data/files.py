@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from flexolmo_jax.errors import UserError
 
-COMPRESSED = (".gz", ".zst")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 """One JSON object a line, as Dolma writes its documents too."""
 TABLES = (".parquet", ".arrow", ".feather")
@@ -51,7 +51,7 @@ def find_files(corpus: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> list
     kinds = ", ".join(suffixes)
     try:
         system, root = fsspec.core.url_to_fs(corpus)
-        local = isinstance(system, fsspec.implementations.local.LocalFileSystem)
+        local = isinstance(system, LocalFileSystem)
         if "*" in corpus:
             root, _, _ = root.partition("*")
             root = root.rpartition("/")[0]
