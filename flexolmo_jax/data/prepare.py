@@ -141,7 +141,7 @@ def prepare_task(
       preparation: how.
       workers: who does it; None means processes on this machine, as `preparation` says.
       progress: is told what share of the work is done.
-      overwrite: whether what else `out` holds is replaced, when all is done.
+      overwrite: whether other prepared text in `out` is replaced, when all is done; anything else never is.
 
     Returns:
       The manifest.
@@ -155,8 +155,10 @@ def prepare_task(
     if _holds(out, settings, units):
         place.remove()
         return read_manifest(out)
-    if not overwrite and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds something else: give another --out, or --overwrite to replace it")
+    if out.exists() and not is_prepared(out) and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists already and is no prepared text: give another --out")
+    if is_prepared(out) and not overwrite:
+        raise UserError(f"{out} holds other prepared text: give another --out, or --overwrite to replace it")
     try:
         place.begin({"settings": settings, "units": [unit_key(unit) for unit in units]})
         manifest = _work(place, task, units, preparation, workers or _local(preparation, units), progress)

@@ -15,6 +15,7 @@ import pytest
 
 from flexolmo_jax import cli
 from flexolmo_jax.data import runs, shards, text_task
+from flexolmo_jax.data.mixture import Mixture
 from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import Preparation, open_split, prepare, prepare_task
 from flexolmo_jax.data.splits import SPLITS, split_of
@@ -194,7 +195,7 @@ def test_the_stage_takes_three_lines_of_gin_and_replaces_nothing_unasked(tmp_pat
     assert report["train_documents"] == len(open_split(tmp_path / "out", "train")) > 30
     assert cli.main(words) == 0
     assert cli.main([*words, '--gin.Preparation.deduplicate="none"']) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds other prepared text" in capsys.readouterr().err
     assert cli.main([*words, '--gin.Preparation.deduplicate="none"', "--overwrite"]) == 0
 
 
@@ -211,6 +212,20 @@ def test_a_mixture_is_written_by_the_stage(tmp_path, capsys):
     ]
     assert cli.main([*words, "--overwrite", f"--gin.RATES={dict.fromkeys(rates, 0)!r}"]) == 2
     assert "sum to zero" in capsys.readouterr().err
+
+
+def test_what_is_no_prepared_text_is_never_replaced(tmp_path):
+    text = task(write_lines(tmp_path / "a.jsonl", some_texts(50)))
+    prepare_task(text, tmp_path / "prepared", Preparation())
+    (tmp_path / "anchor" / "arrays").mkdir(parents=True)
+    (tmp_path / "anchor" / "manifest.json").write_text('{"kind": "anchor", "format_version": 1}')
+    before = contents(tmp_path / "anchor")
+    with pytest.raises(UserError, match="is no prepared text"):
+        prepare_task(text, tmp_path / "anchor", Preparation(), overwrite=True)
+    for out in ("anchor", "prepared"):
+        with pytest.raises(UserError, match="is no mixture"):
+            Mixture(rates={str(tmp_path / "prepared"): 1.0}).write(tmp_path / out, overwrite=True)
+    assert contents(tmp_path / "anchor") == before and not list(tmp_path.glob("*.partial"))
 
 
 def test_a_shard_that_is_missing_is_named(tmp_path):
