@@ -51,5 +51,5 @@ clean:
 	touch $@
 
 .venv/installed-dev: .venv/installed-torch setup.py
-	$(PIP) install -e '.[hf,encoder,dev]' '$(TORCH)'
+	$(PIP) install -e '.[hf,beam,encoder,dev]' '$(TORCH)'
 	touch $@

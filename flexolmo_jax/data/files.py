@@ -5,16 +5,17 @@ import gzip
 import hashlib
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from flexolmo_jax.errors import UserError
 
-COMPRESSED = (".gz", ".zst")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 """One JSON object a line, as Dolma writes its documents too."""
 TABLES = (".parquet", ".arrow", ".feather")
@@ -50,7 +51,7 @@ def find_files(corpus: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> list
     kinds = ", ".join(suffixes)
     try:
         system, root = fsspec.core.url_to_fs(corpus)
-        local = isinstance(system, fsspec.implementations.local.LocalFileSystem)
+        local = isinstance(system, LocalFileSystem)
         if "*" in corpus:
             root, _, _ = root.partition("*")
             root = root.rpartition("/")[0]
@@ -91,14 +92,9 @@ def open_file(path: str) -> Iterator[BinaryIO]:
                     yield cast(BinaryIO, io.BufferedReader(stream, 2**20))
             else:
                 yield cast(BinaryIO, raw)
-    except (OSError, EOFError) as error:
-        raise UserError(
-            f"cannot read {path}: {' '.join(str(error.strerror if _named(error) else error).split())}"
-        ) from (error)
-    except Exception as error:
-        if type(error).__module__.startswith("zlib"):
-            raise UserError(f"cannot read {path}: {error}") from error
-        raise
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot read {path}: {' '.join(reason.split())}") from error
 
 
 def digest(path: str) -> str:
@@ -122,10 +118,6 @@ class replacing:
             os.replace(self._partial, self._file)
         else:
             self._partial.unlink(missing_ok=True)
-
-
-def _named(error: Exception) -> bool:
-    return isinstance(error, OSError) and bool(error.strerror)
 
 
 def _walk(root: str) -> Iterator[str]:

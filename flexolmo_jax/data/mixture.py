@@ -45,8 +45,11 @@ class Mixture:
         Raises:
           UserError: a part is no prepared text, their tokenizers differ, or `out` holds something else.
         """
-        if not overwrite and out.exists() and any(out.iterdir()):
-            raise UserError(f"{out} exists already: give another --out, or --overwrite to replace it")
+        within = {Path(part).name for part in self.shares if Path(part).parent == out} | {MANIFEST}
+        if out.exists() and (out.is_file() or {entry.name for entry in out.iterdir()} - within):
+            raise UserError(f"{out} exists already and is no mixture: give another --out")
+        if (out / MANIFEST).exists() and not overwrite:
+            raise UserError(f"{out} holds another mixture: give another --out, or --overwrite to replace it")
         manifests = {part: read_manifest(Path(part)) for part in self.shares}
         (first, one), *others = manifests.items()
         for part, other in others:

@@ -42,6 +42,16 @@ class Task(Protocol):
     def name(self) -> str: ...
 
     @property
+    def where(self) -> str:
+        """Where its text comes from, to be said to a person."""
+        ...
+
+    @property
+    def bad_share(self) -> float:
+        """Largest share of bad lines that is skipped."""
+        ...
+
+    @property
     def vocabulary(self) -> Vocabulary: ...
 
     def units(self) -> Sequence[Unit]: ...
@@ -131,7 +141,7 @@ def prepare_task(
       preparation: how.
       workers: who does it; None means processes on this machine, as `preparation` says.
       progress: is told what share of the work is done.
-      overwrite: whether what else `out` holds is replaced, when all is done.
+      overwrite: whether other prepared text in `out` is replaced, when all is done; anything else never is.
 
     Returns:
       The manifest.
@@ -145,8 +155,10 @@ def prepare_task(
     if _holds(out, settings, units):
         place.remove()
         return read_manifest(out)
-    if not overwrite and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds something else: give another --out, or --overwrite to replace it")
+    if out.exists() and not is_prepared(out) and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists already and is no prepared text: give another --out")
+    if is_prepared(out) and not overwrite:
+        raise UserError(f"{out} holds other prepared text: give another --out, or --overwrite to replace it")
     try:
         place.begin({"settings": settings, "units": [unit_key(unit) for unit in units]})
         manifest = _work(place, task, units, preparation, workers or _local(preparation, units), progress)
@@ -255,15 +267,14 @@ def _all_runs(place: _Place) -> list[Run]:
 def _check(task: Task, reports: Sequence[UnitReport]) -> None:
     """Refuses text with too many bad lines, and text that there is not."""
     records, bad = sum(report.records for report in reports), sum(report.bad for report in reports)
-    allowed = getattr(task, "bad_share", 0.0)
-    if bad > allowed * records:
+    if bad > task.bad_share * records:
         first = next(line for report in reports for line in report.shown)
         raise UserError(
-            f"{bad} of {records} lines of {task.name} are bad, more than the share of {allowed:g} that is skipped; "
-            f"the first: {first}"
+            f"{bad} of {records} lines of {task.name} are bad, more than the share of {task.bad_share:g} "
+            f"that is skipped; the first: {first}"
         )
     if not sum(report.tokens["train"] for report in reports):
-        raise UserError(f"the corpus {getattr(task, 'files', task.name)} has no document to train on")
+        raise UserError(f"the corpus {task.where} has no document to train on")
 
 
 def _write_left_out(place: _Place, threshold: float) -> None:

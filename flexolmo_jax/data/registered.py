@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,12 @@ class RegisteredTask:
 
     module: str
     name: str
+
+    bad_share: ClassVar[float] = 0.0
+
+    @property
+    def where(self) -> str:
+        return f"{self.module}:{self.name}"
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -110,7 +110,7 @@ def write_runs(unit: Unit, directory: Path, near: bool) -> UnitReport:
     """
     key = unit_key(unit)
     runs, tokens, records, empty = 0, dict.fromkeys(SPLITS, 0), 0, 0
-    bad: list[Bad] = []
+    bad = _BadLines()
     gathered = _Gathered(unit, near)
     for batch in _batches(unit.records(), bad):
         records += len(batch)
@@ -123,11 +123,23 @@ def write_runs(unit: Unit, directory: Path, near: bool) -> UnitReport:
         runs += 1
     file = unit.source()
     sources = [{"name": file.name, "bytes": file.size, "sha256": digest(file.path)}] if file else []
-    shown = [str(each) for each in bad[:BAD_SHOWN]]
-    report = UnitReport(runs, tokens, records + len(bad), empty, len(bad), shown, sources)
+    report = UnitReport(runs, tokens, records + bad.count, empty, bad.count, bad.shown, sources)
     with replacing(directory / f"{key}.json") as partial:
         partial.write_text(json.dumps(report._asdict()))
     return report
+
+
+class _BadLines:
+    """How many lines were bad, and which were the first."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.shown: list[str] = []
+
+    def add(self, bad: Bad) -> None:
+        self.count += 1
+        if len(self.shown) < BAD_SHOWN:
+            self.shown.append(str(bad))
 
 
 class _Gathered:
@@ -183,13 +195,13 @@ def _run(directory: Path, key: str, number: int) -> Run:
     return Run.of(directory / f"{key}.{number:05}.keys.npy")
 
 
-def _batches(records: Iterator[Record], bad: list[Bad]) -> Iterator[list[str | np.ndarray]]:
+def _batches(records: Iterator[Record], bad: _BadLines) -> Iterator[list[str | np.ndarray]]:
     """The documents in batches that are worth a call of the tokenizer; what is bad goes into `bad`."""
     batch: list[str | np.ndarray] = []
     size = 0
     for record in records:
         if isinstance(record, Bad):
-            bad.append(record)
+            bad.add(record)
             continue
         batch.append(record.content)
         size += len(record.content)

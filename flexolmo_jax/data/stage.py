@@ -72,7 +72,7 @@ def _prepare_one(task: Task, out: Path, preparation: Preparation, beam: str | No
     terminal.banner(
         f"prepare {task.name}",
         {
-            "text": getattr(task, "files", task.name),
+            "text": task.where,
             "tokenizer": f"{vocabulary.fingerprint}, {vocabulary.size:,} ids, documents end with {vocabulary.eos_id}",
             "duplicates": preparation.deduplicate,
             "out": out,

@@ -87,6 +87,10 @@ class TextTask:
             raise UserError(f"TextTask.bad_share must be at least 0 and below 1, but it is {self.bad_share}")
 
     @property
+    def where(self) -> str:
+        return self.files.file if isinstance(self.files, OlmoMix) else str(self.files)
+
+    @property
     def vocabulary(self) -> Vocabulary:
         return open_vocabulary(self.tokenizer, self.eos_token)
 

@@ -12,6 +12,7 @@ from flexolmo_jax import terminal
 from flexolmo_jax.data.documents import split_texts
 from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.tokens import is_prepared
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate import bits_per_byte, exact_match, plots
 from flexolmo_jax.evaluate.measurement import Candidate, QuestionSet, measure, opt_outs
@@ -129,7 +130,8 @@ def question_sets(corpora: Mapping[str, Path], most: int) -> list[QuestionSet]:
     """For each kind of question, up to so many of them from the test split of the first corpus that holds any."""
     sets: list[QuestionSet] = []
     for kind in exact_match.KINDS:
-        found = (exact_match.questions(split_texts(corpus, "test"), kind, most) for corpus in corpora.values())
+        texts = (corpus for corpus in corpora.values() if not is_prepared(corpus))
+        found = (exact_match.questions(split_texts(corpus, "test"), kind, most) for corpus in texts)
         if asked := next(filter(None, found), None):
             sets.append((kind, asked))
     return sets

@@ -3,8 +3,8 @@
 import gzip
 import hashlib
 import json
+import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ import pytest
 
 from flexolmo_jax import cli
 from flexolmo_jax.data import runs, shards, text_task
+from flexolmo_jax.data.mixture import Mixture
 from flexolmo_jax.data.packing import Packing
 from flexolmo_jax.data.prepare import Preparation, open_split, prepare, prepare_task
 from flexolmo_jax.data.splits import SPLITS, split_of
@@ -194,7 +195,7 @@ def test_the_stage_takes_three_lines_of_gin_and_replaces_nothing_unasked(tmp_pat
     assert report["train_documents"] == len(open_split(tmp_path / "out", "train")) > 30
     assert cli.main(words) == 0
     assert cli.main([*words, '--gin.Preparation.deduplicate="none"']) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds other prepared text" in capsys.readouterr().err
     assert cli.main([*words, '--gin.Preparation.deduplicate="none"', "--overwrite"]) == 0
 
 
@@ -213,6 +214,20 @@ def test_a_mixture_is_written_by_the_stage(tmp_path, capsys):
     assert "sum to zero" in capsys.readouterr().err
 
 
+def test_what_is_no_prepared_text_is_never_replaced(tmp_path):
+    text = task(write_lines(tmp_path / "a.jsonl", some_texts(50)))
+    prepare_task(text, tmp_path / "prepared", Preparation())
+    (tmp_path / "anchor" / "arrays").mkdir(parents=True)
+    (tmp_path / "anchor" / "manifest.json").write_text('{"kind": "anchor", "format_version": 1}')
+    before = contents(tmp_path / "anchor")
+    with pytest.raises(UserError, match="is no prepared text"):
+        prepare_task(text, tmp_path / "anchor", Preparation(), overwrite=True)
+    for out in ("anchor", "prepared"):
+        with pytest.raises(UserError, match="is no mixture"):
+            Mixture(rates={str(tmp_path / "prepared"): 1.0}).write(tmp_path / out, overwrite=True)
+    assert contents(tmp_path / "anchor") == before and not list(tmp_path.glob("*.partial"))
+
+
 def test_a_shard_that_is_missing_is_named(tmp_path):
     prepared = prepare(write_lines(tmp_path / "a.jsonl", some_texts(50)), tmp_path / "out")
     next(prepared.glob("train-*.array_record")).unlink()
@@ -227,44 +242,45 @@ from flexolmo_jax.data import prepare as module, text_task
 from flexolmo_jax.data.prepare import Preparation, prepare_task
 from flexolmo_jax.data.text_task import TextTask
 
-module._SMALL_BYTES, text_task.PART_BYTES = 0, 20_000
+module._SMALL_BYTES, text_task.PART_BYTES = 0, 2000
 if __name__ == "__main__":
-    prepare_task(
-        TextTask(name="words", files=sys.argv[1]),
-        Path(sys.argv[2]),
-        Preparation(workers=2, shard_tokens=20_000, deduplicate="near"),
-    )
+    task = TextTask(name="words", files=sys.argv[1])
+    prepare_task(task, Path(sys.argv[2]), Preparation(workers=2, shard_tokens=10_000))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_killing_it_twenty_times_changes_nothing(tmp_path):
+    """Each time a few more pieces of work are done, it is killed at whatever it is doing a random moment later."""
     for number in range(6):
         write_lines(tmp_path / f"text/{number}.jsonl.gz", some_texts(600, seed=number))
     (tmp_path / "run.py").write_text(PREPARE)
+    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "text")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
     def start(out):
-        return subprocess.Popen(
-            [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "text"), str(tmp_path / out)],
-            cwd=Path(__file__).parents[2],
-            env={"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": "/usr/bin:/bin"},
-        )
+        return subprocess.Popen([*command, str(tmp_path / out)], env=environment)
 
-    began = time.monotonic()
-    assert start("whole").wait() == 0
-    took = time.monotonic() - began
+    def pieces():
+        return [file for part in ("runs", "reports") for file in tmp_path.glob(f"killed.partial/{part}/[!.]*.json")]
+
     moments = random.Random(1)
-    killed = 0
-    while killed < 20:
+    kept: dict[Path, int] = {}
+    for _ in range(20):
+        enough = len(pieces()) + moments.randint(1, 3)
         process = start("killed")
-        time.sleep(moments.uniform(0.3, 0.9) * took)
-        if process.poll() is None:
-            killed += 1
-            process.send_signal(signal.SIGKILL)
+        while len(pieces()) < enough:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.05))
+        process.kill()
         process.wait()
-        if (tmp_path / "killed").exists():
-            assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-            subprocess.run(["rm", "-r", str(tmp_path / "killed")], check=True)
-    assert start("killed").wait() == 0
+        finished = {piece: piece.stat().st_mtime_ns for piece in pieces()}
+        assert kept.items() <= finished.items(), "a finished piece was done again"
+        kept = finished
+        assert not (tmp_path / "killed").exists()
+    for out in ("killed", "whole"):
+        assert start(out).wait() == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not (tmp_path / "killed.partial").exists()
