@@ -128,7 +128,7 @@ class _HuggingFace:
             raise UserError(f"{file} is not a tokenizer.json that can be read: {_one_line(error)}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.fingerprint = f"tokenizer.json:{_digest_of_rules(content)}"
+        self.fingerprint = fingerprint_of_rules(content)
         special = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = _end_of_text(file, self._tokenizer, special, eos_token)
@@ -142,10 +142,10 @@ class _HuggingFace:
         return self._tokenizer.decode(_until(self.eos_id, ids), skip_special_tokens=False)
 
 
-def _digest_of_rules(content: dict[str, Any]) -> str:
-    """SHA-256 of what decides the ids; truncation, padding and the file's layout do not."""
+def fingerprint_of_rules(content: dict[str, Any]) -> str:
+    """The fingerprint of what a `tokenizer.json` holds: of what decides the ids, not of truncation, padding or layout."""
     rules = {key: value for key, value in content.items() if key not in ("version", "truncation", "padding")}
-    return hashlib.sha256(json.dumps(rules, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return f"tokenizer.json:{hashlib.sha256(json.dumps(rules, sort_keys=True, ensure_ascii=True).encode()).hexdigest()}"
 
 
 def _end_of_text(file: Path, tokenizer: Any, special: dict[str, int], eos_token: str) -> int:

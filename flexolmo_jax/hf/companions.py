@@ -4,7 +4,6 @@ A model that was trained here on bytes needs none of it on disk. An imported one
 `huggingface/` beside its arrays, and an export gives them back.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from flexolmo_jax.data import vocabulary
+from flexolmo_jax.data.vocabularies import fingerprint_of_rules
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.hf.config import MAX_POSITIONS
 from flexolmo_jax.hf.shards import own_file, read_json
@@ -44,14 +44,12 @@ _TEXT_SIDE = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_to
 
 
 def tokenizer_id(directory: Path) -> str:
-    """What a manifest says of the tokenizer in a Hugging Face directory: `bytes`, its SHA-256, or `unknown`."""
+    """What a manifest says of the tokenizer in a Hugging Face directory: `bytes`, its fingerprint, or `unknown`."""
     file = directory / TOKENIZER
     if not file.is_file():
         return UNKNOWN
-    content = _small(file, directory).read_bytes()
-    if json.loads(byte_tokenizer().to_str()) == _loads(file, content):
-        return BYTES
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+    content = _loads(file, _small(file, directory).read_bytes())
+    return BYTES if content == json.loads(byte_tokenizer().to_str()) else fingerprint_of_rules(content)
 
 
 def keep(source: Path, artefact: Path) -> None:

@@ -139,7 +139,7 @@ class Layout:
     def local_rows(self, batch_size: int) -> list[int]:
         """The rows of a batch that this process's own devices need, in order."""
         pieces = self.batch_sharding().addressable_devices_indices_map((batch_size,)).values()
-        return sorted({row for (piece,) in pieces for row in range(*piece.indices(batch_size))})
+        return sorted({row for piece in pieces if piece for row in range(*piece[0].indices(batch_size))})
 
     def place_batch(self, batch):
         """Puts a batch onto the mesh, its rows cut over the data, fsdp and expert axes.

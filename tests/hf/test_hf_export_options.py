@@ -188,7 +188,7 @@ def with_tokenizer(config, tmp_path_factory):
 
 def test_a_foreign_tokenizer_comes_back(with_tokenizer, tmp_path):
     done = import_hf(with_tokenizer, tmp_path / "ours")
-    assert read(done.anchor).tokenizer.startswith("sha256:")
+    assert read(done.anchor).tokenizer.startswith("tokenizer.json:")
     for home in (done.anchor, done.merged):
         export_hf(home, tmp_path / "back", overwrite=True)
         for file in ("tokenizer.json", "tokenizer_config.json"):
