@@ -95,7 +95,10 @@ def _over_blocks(block, start, end, length: int, carry, expert):
             at, carry = state
             return at + size, block(at, end, size, carry, expert)
 
-        at, carry = jax.lax.while_loop(lambda state, reach=reach: state[0] + reach <= end, advance, (at, carry))
+        def fits(state, reach=reach):
+            return state[0] + reach <= end
+
+        at, carry = jax.lax.while_loop(fits, advance, (at, carry))
     return carry
 
 
