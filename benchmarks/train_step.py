@@ -4,8 +4,8 @@
 
 Both programs have the same weights, tokens, threads and dtype. Each runs in a process of its own, and the two of a pair
 take turns, so that a busy machine slows both alike. PyTorch's experts are tried in forms that transformers has, and
-the best one counts; attention is `sdpa`, and nothing is compiled. Figures are medians. A quarter of an hour on two cores,
-and 8 GiB of memory.
+the best one counts; attention is `sdpa`, and nothing is compiled. Figures are medians. It takes a quarter of an hour on
+two cores, and 8 GiB of memory.
 
 The peer's expert-only step is the official one: gradients of all parameters, those of the anchor then set to zero.
 """
