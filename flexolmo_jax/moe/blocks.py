@@ -31,7 +31,7 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
         return _put(buffers, ((jax.nn.silu(g) * u) @ down, g, u), start)
 
     for start, end, expert in _groups(rows, experts):
-        buffers = _over_blocks(block, start, end, buffers, expert)
+        buffers = _over_blocks(block, start, end, len(token), buffers, expert)
     y, g, u = buffers
     return y, (g, u)
 
@@ -70,7 +70,7 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
                 sums = tuple(total + _transposed_product(*each) for total, each in zip(sums, products, strict=True))
             return _put(buffers, (d_inputs, d_weight), start), sums
 
-        buffers, sums = _over_blocks(block, start, end, (buffers, sums), expert)
+        buffers, sums = _over_blocks(block, start, end, len(token), (buffers, sums), expert)
         d_experts.append(tuple(s.astype(w.dtype) for s, w in zip(sums, expert, strict=True)) if sums else None)
     there = (jnp.arange(len(token)) < jnp.sum(rows.sizes))[:, None]
     d_x, d_weights = (jnp.where(there, a, 0) for a in buffers)
@@ -83,16 +83,22 @@ def _groups(rows, experts):
     return [(ends[i] - rows.sizes[i], ends[i], expert) for i, expert in enumerate(experts)]
 
 
-def _over_blocks(block, start, end, carry, expert):
+def _over_blocks(block, start, end, length: int, carry, expert):
     """`block` over all rows of an expert: of the larger size while they fill it, and then of the smaller one."""
+    large, small = BLOCKS
     at = start
-    for size, reach in zip(BLOCKS, (BLOCKS[0], 1), strict=True):
+    for size, reach in ((large, large), (small, 1)):
+        if size > length:
+            continue
 
         def advance(state, size=size):
             at, carry = state
             return at + size, block(at, end, size, carry, expert)
 
-        at, carry = jax.lax.while_loop(lambda state, reach=reach: state[0] + reach <= end, advance, (at, carry))
+        def fits(state, reach=reach):
+            return state[0] + reach <= end
+
+        at, carry = jax.lax.while_loop(fits, advance, (at, carry))
     return carry
 
 

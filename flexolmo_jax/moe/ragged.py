@@ -52,7 +52,7 @@ def mix_local(
     places = jnp.where(choices < len(experts), choices * copies + turn, here * devices)
     rows = sort_by_expert(places, here * devices)
     sizes = jax.lax.all_gather(rows.sizes, "expert").reshape(devices, devices, here)
-    room = len(x) * devices * min(choices.shape[1], here)
+    room = devices * -(-len(x) // copies) * min(choices.shape[1], here)
     arrived, back = _exchange(rows_of(x, rows), sizes, room)
 
     mine = sizes[:, jax.lax.axis_index("expert")].reshape(-1)

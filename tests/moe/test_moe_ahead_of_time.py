@@ -21,6 +21,7 @@ def test_a_tpu_computes_the_active_experts_alone():
     for (implementation, axes, experts, top_k), work in zip(COMPILED, json.loads(done.stdout), strict=True):
         # A buffer of `ragged` has room for all rows that could come; its kernels skip the part that is empty.
         devices = axes.get("expert", 1)
-        places = -(-experts * max(1, devices // experts) // devices)
-        room = devices * min(top_k, places) / top_k if implementation == "ragged" else 1.0
+        copies = max(1, devices // experts)
+        places = -(-experts * copies // devices)
+        room = devices / copies * min(top_k, places) / top_k if implementation == "ragged" else 1.0
         assert work == pytest.approx([room, room], rel=0.05), (implementation, experts, top_k)
