@@ -19,7 +19,7 @@ INSTALL = "pip install 'flexolmo_jax[plan]'"
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud's metadata server what this machine is
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is opened, so nothing needs to be locked
-    "TPU_ACCELERATOR_TYPE": "none",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any that exists
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }

@@ -5,6 +5,7 @@ Only matrix products count as computing. Axis legend: `L` layers, `D` width, `F`
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -140,7 +141,7 @@ def traffic(job: Job, layout: Layout) -> Traffic:
     local_tokens = job.tokens / job.run.accumulation / pieces_of_batch
     gather = reduce = tokens = 0.0
     passes = 1 + job.new_tokens if job.kind == "generate" else 1
-    through = {each.path for each in products(job) if each.path and each.input_gradient} if _trains(job) else set()
+    through = Counter(each.path for each in products(job) if each.input_gradient and _trains(job))
     trained, frozen = job.params()
     for tree in (trained, frozen):
         shardings = flatten(layout.shardings(tree))
@@ -153,7 +154,7 @@ def traffic(job: Job, layout: Layout) -> Traffic:
             if path[-1] == "embed":
                 gather += min(passes * held, vectors) * _others(fsdp)
             elif is_matrix(path):
-                again = path in through and path[-1] != "head"
+                again = through[path] / job.model.layers if path[-1] != "head" else 0
                 gather += held * _others(fsdp) * (passes + again)
             if job.is_trained(path) and _trains(job):
                 scattered = [axis for axis in axes if axis in BATCH_AXES and axis == "fsdp"]

@@ -1,4 +1,7 @@
-"""Looks for the fastest way to run a job that fits: formulas put the ways in order, and the compiler decides."""
+"""Looks for the fastest way to run a job that fits: formulas put the ways in order, and the compiler decides.
+
+What needs more by formula than a way that did not fit is passed over.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -42,19 +45,23 @@ def search(
     Raises:
       UserError: nothing that was tried fits.
     """
-    ways = {}
+    ways: dict[Way, Plan] = {}
     for way in candidates(job, mesh, devices):
         try:
             plan = by_formulas(way)
         except UserError:  # a batch or a matrix that this mesh cannot cut
             continue
         if plan.memory.needed <= DOUBT * plan.memory.available:
-            ways[way] = plan.step_seconds / way.job.tokens
+            ways[way] = plan
     tried: list[Plan] = []
-    for way in sorted(ways, key=ways.__getitem__)[:TRIES]:
+    too_much = float("inf")
+    for way, plan in sorted(ways.items(), key=lambda item: item[1].step_seconds / item[0].job.tokens):
+        if len(tried) == TRIES or plan.memory.needed >= too_much:
+            continue
         tried.append(by_compiling(way))
         if tried[-1].fits:
             return tried
+        too_much = plan.memory.needed
     raise UserError(
         f"no way to run {job.kind} with {job.run.batch_size} rows was found to fit, {len(tried)} of {len(ways)} that "
         "might having been compiled: take a larger topology, shorter rows or a smaller batch"

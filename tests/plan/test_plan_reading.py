@@ -82,18 +82,18 @@ TPU = """HloModule tpu, is_scheduled=true
 %batched.1 (x: bf16[3,5,7], y: bf16[3,7,2]) -> bf16[3,5,2] {
   %x = bf16[3,5,7]{2,1,0:T(8,128)(2,1)} parameter(0)
   %y = bf16[3,7,2]{2,1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %c = bf16[3,5,2]{2,1,0:T(8,128)(2,1)} convolution(%x, %y), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf
+  ROOT %c = bf16[3,5,2]{2,1,0} convolution(%x, %y), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf
 }
 
 %begin (p: bf16[4,64]) -> (bf16[4,64], bf16[32,64]) {
-  %p = bf16[4,64]{1,0:T(4,128)(2,1)S(1)} parameter(0)
-  %g.1 = bf16[32,64]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=8,'axis_1'=4] {'axis_0'}, dimensions={0}
+  %p = bf16[4,64]{1,0:T(4,128)S(1)} parameter(0)
+  %g.1 = bf16[32,64]{1,0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=8,'b'=4] {'a'}
   ROOT %t = (bf16[4,64]{1,0}, bf16[32,64]{1,0}) tuple(%p, %g.1)
 }
 
 %end (p.1: bf16[4,64]) -> bf16[32,64] {
   %p.1 = bf16[4,64]{1,0:T(4,128)(2,1)} parameter(0)
-  ROOT %g.2 = bf16[32,64]{1,0} all-gather(%p.1), channel_id=7, replica_groups=mesh['axis_0'=8,'axis_1'=4] {'axis_0'}, dimensions={0}
+  ROOT %g.2 = bf16[32,64]{1,0} all-gather(%p.1), channel_id=7, replica_groups=mesh['a'=8,'b'=4] {'a'}
 }
 
 %scattered (q: f32[64,8]) -> f32[16,8] {

@@ -1,0 +1,60 @@
+"""The TPU compiler, on a machine without a TPU: small jobs on a host of four chips."""
+
+import json
+
+import pytest
+
+from flexolmo_jax import cli
+
+pytestmark = pytest.mark.slow
+
+GIN = """
+include "configs/runs/expert.gin"
+ModelConfig.vocab_size = 512
+ModelConfig.width = 256
+ModelConfig.hidden = 512
+ModelConfig.layers = 3
+ModelConfig.heads = 2
+ModelConfig.kv_heads = 2
+MeshConfig.layout = "fsdp"
+RunConfig.remat = "full"
+RunConfig.sequence_length = 1024
+"""
+
+
+def plan(tmp_path, capsys, *arguments: str) -> dict:
+    pytest.importorskip("libtpu")
+    (tmp_path / "job.gin").write_text(GIN)
+    gin = f"--gin_file={tmp_path / 'job.gin'}"
+    assert cli.main(["plan", *arguments, gin, "--topology=v5e:2x2", "--json"]) == 0, capsys.readouterr().err
+    found: dict = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_an_expert_job_fits_and_keeps_near_the_least(tmp_path, capsys):
+    found = plan(tmp_path, capsys, "train-expert", "--gin.RunConfig.batch_size=8")
+    assert found["compiled"] and found["fits"]
+    assert found["hbm"]["arguments"] > 0 and found["hbm"]["temporaries"] > 0
+    # Three blocks, of which a scan cannot leave out what the first does not need, and attention in two blocks.
+    assert 1 < found["flops"]["ratio"] < 1.3
+    assert found["flops"]["recomputed"] > 0
+    assert found["collectives"]["ratio"] <= 1.2
+    assert found["memory_traffic"] > found["hbm"]["arguments"]
+
+
+def test_a_merged_model_computes_only_the_chosen_experts(tmp_path, capsys):
+    found = plan(tmp_path, capsys, "forward", "--gin.RunConfig.batch_size=8", "--experts=7", "--top_k=5")
+    assert found["flops"]["ratio"] <= 1.05 + 0.1  # attention skips whole blocks of keys only
+    assert found["collectives"]["ratio"] <= 1.2
+
+
+def test_what_is_too_large_is_said_to_be(tmp_path, capsys):
+    found = plan(
+        tmp_path,
+        capsys,
+        "forward",
+        "--gin.RunConfig.batch_size=256",
+        "--gin.ModelConfig.vocab_size=100352",
+        "--experts=1",
+    )
+    assert not found["fits"] and found["hbm"]["spare"] < 0
