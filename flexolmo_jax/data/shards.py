@@ -25,16 +25,16 @@ class ShardJob(NamedTuple):
     Attributes:
       split: name of the split.
       number: of the shard, from 0.
-      total: shards of the split.
+      shards: how many the split has.
     """
 
     split: str
     number: int
-    total: int
+    shards: int
 
     @property
     def file_name(self) -> str:
-        return f"{self.split}-{self.number:05}-of-{self.total:05}.array_record"
+        return f"{self.split}-{self.number:05}-of-{self.shards:05}.array_record"
 
 
 def write_shard(
@@ -88,7 +88,7 @@ def _stretch(run: Run, job: ShardJob) -> tuple[np.ndarray, np.ndarray]:
     keys = np.load(run.keys, mmap_mode="r")
     number = SPLITS.index(job.split)
     begin, end = np.searchsorted(keys["split"], [number, number + 1])
-    bounds = [-(-_DIGESTS * part // job.total) for part in (job.number, job.number + 1)]
+    bounds = [-(-_DIGESTS * part // job.shards) for part in (job.number, job.number + 1)]
     order = keys["order"][begin:end]
     first, last = (begin + (np.searchsorted(order, np.uint64(b)) if b < _DIGESTS else len(order)) for b in bounds)
     before = int(keys["length"][:first].sum())
