@@ -177,18 +177,17 @@ def assemble(
     work = _work_directory(out, sources, manifest)
     with cannot_write(out):
         _sweep(out, work)
-        for part in (f"{_RESULT}/{ARRAYS}", _RECEIPTS, _LOCKS):
-            (work / part).mkdir(parents=True, exist_ok=True)
-        with held(work):
-            assembly = _Assembly(out, work, sources, manifest, overwrite)
-            try:
+        assembly = _Assembly(out, work, sources, manifest, overwrite)
+        try:
+            for part in (f"{_RESULT}/{ARRAYS}", _RECEIPTS, _LOCKS):
+                (work / part).mkdir(parents=True, exist_ok=True)
+            with held(work):
                 return assembly.run(writers, memory_budget // writers)
-            except (UserError, OSError) as error:
-                finished = isinstance(error, FileNotFoundError) and not (work / _RESULT).exists()
-                _remove(work)
-                if finished:
-                    return assembly.finished_by_another()
-                raise
+        except (UserError, OSError) as error:
+            if isinstance(error, FileNotFoundError) and out.exists():  # The work directory went while this one worked.
+                return assembly.finished_by_another()
+            _remove(work)
+            raise
 
 
 class _Assembly:
