@@ -29,6 +29,7 @@ from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.directories import refuse_existing
 from flexolmo_jax.store.manifest import Manifest, read
 from flexolmo_jax.store.resumable import refuse_losing, resumable_directory
+from flexolmo_jax.store.stored import StoredLeaf, check_files, stored_leaves
 
 MAX_SHARD_BYTES = 2 * 2**30
 """Largest safetensors file, unless a single tensor is larger."""
@@ -110,7 +111,8 @@ def export_hf(
     names = _chosen(manifest, experts, source)
     top_k = _check_top_k(manifest, names, top_k)
     found = companions.find(source, manifest.tokenizer, None if tokenizer is None else Path(tokenizer))
-    leaves: dict[LeafPath, Any] = dict(arrays.open_leaves(source / checkpoint.ARRAYS))
+    check_files(source, manifest)
+    leaves: dict[LeafPath, StoredLeaf | np.ndarray] = dict(stored_leaves(source, manifest))
     handled = Handled()
     if len(names) == 1:
         architecture, pieces = DENSE, dense_pieces(manifest.model.layers, names[0])

@@ -12,8 +12,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.hf.fold_bias import BiasFold, fold_on_text
 from flexolmo_jax.model import bias_channel
 from flexolmo_jax.model.partition import LeafPath, unflatten
-from flexolmo_jax.store import arrays
 from flexolmo_jax.store.manifest import Manifest
+from flexolmo_jax.store.stored import StoredLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Handled:
 
 
 def handle_biases(
-    leaves: dict[LeafPath, Any],
+    leaves: dict[LeafPath, StoredLeaf | np.ndarray],
     manifest: Manifest,
     names: Sequence[str],
     directory: Path,
@@ -63,7 +63,7 @@ def handle_biases(
     if sum(wishes.values()) > 1:
         raise UserError(f"give one of {', '.join(flag for flag, given in wishes.items() if given)}, not several")
     biases = {
-        name: np.minimum(np.asarray(arrays.read(leaves["router", name, "bias"]), np.float32), 0.0)
+        name: np.minimum(np.asarray(read_leaf(leaves["router", name, "bias"]), np.float32), 0.0)
         for name in names
         if ("router", name, "bias") in leaves
     }
@@ -90,14 +90,21 @@ def handle_biases(
     )
 
 
-def _fold_into_channel(leaves: dict[LeafPath, Any], biases: Mapping[str, np.ndarray], directory: Path) -> None:
+def _fold_into_channel(
+    leaves: dict[LeafPath, StoredLeaf | np.ndarray], biases: Mapping[str, np.ndarray], directory: Path
+) -> None:
     # A bias folded into a channel that is not exactly 1 would silently export another model.
     channel: dict[LeafPath, Any] = {
-        path: arrays.read(leaf[..., :1]) for path, leaf in leaves.items() if path in bias_channel.PINNED
+        path: read_leaf(leaf)[..., :1] for path, leaf in leaves.items() if path in bias_channel.PINNED
     }
     if not bias_channel.is_pinned(unflatten(channel)):
         raise UserError(f"{directory} says that it reserves a bias channel, but channel 0 of its anchor is in use")
     for name, bias in biases.items():
         # In float32, as the router adds it: a row in bfloat16 would round the bias.
-        row = jnp.asarray(arrays.read(leaves["router", name, "row"]), jnp.float32)
+        row = jnp.asarray(read_leaf(leaves["router", name, "row"]), jnp.float32)
         leaves["router", name, "row"] = np.asarray(bias_channel.fold(row, jnp.asarray(bias)))
+
+
+def read_leaf(leaf: StoredLeaf | np.ndarray) -> np.ndarray:
+    """A whole leaf, checked against its digest if it is on disk."""
+    return leaf.read() if isinstance(leaf, StoredLeaf) else leaf

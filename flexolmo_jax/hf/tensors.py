@@ -15,9 +15,12 @@ from flexolmo_jax.hf.matrices import cast, transposed
 from flexolmo_jax.hf.names import Piece
 from flexolmo_jax.hf.shards import INDEX, SINGLE_FILE
 from flexolmo_jax.model.partition import LeafPath
-from flexolmo_jax.store import arrays
 from flexolmo_jax.store.resumable import Parts
+from flexolmo_jax.store.stored import StoredLeaf
 from flexolmo_jax.terminal import Progress
+
+Leaves = Mapping[LeafPath, StoredLeaf | np.ndarray]
+"""The leaves of a model on disk, but for those that an export has to change."""
 
 Tensors = Mapping[str, Sequence[Piece]]
 """The pieces of every tensor, by its name, in the order of the files."""
@@ -26,30 +29,30 @@ Announced = dict[str, tuple[np.dtype, tuple[int, ...]]]
 """Dtype and shape of every tensor, in the same order."""
 
 
-def is_tied(leaves: Mapping[LeafPath, Any]) -> bool:
-    """Whether the head is the embedding, value by value; a few values tell it of almost every model that is not."""
+def is_tied(leaves: Leaves) -> bool:
+    """Whether the head is the embedding, value by value; the first value tells it of almost every model that is not."""
     embed, head = leaves["anchor", "embed"], leaves["anchor", "head"]
-    if embed.dtype != head.dtype or _read(embed[0]).tobytes() != _read(head[:, 0]).tobytes():
+    if not (isinstance(embed, StoredLeaf) and isinstance(head, StoredLeaf)) or embed.layout.dtype != head.layout.dtype:
         return False
-    return np.array_equal(_bits(transposed(_read(head))), _bits(_read(embed)))
+    first = [next(leaf.layout.blocks(leaf.state, np.empty(leaf.layout.itemsize, np.uint8))) for leaf in (embed, head)]
+    if first[0].tobytes() != first[1].tobytes():
+        return False
+    return np.array_equal(_bits(transposed(head.read())), _bits(embed.read()))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def announce(
-    leaves: Mapping[LeafPath, Any], group: Sequence[Piece], target: np.dtype | None
-) -> tuple[np.dtype, tuple[int, ...]]:
+def announce(leaves: Leaves, group: Sequence[Piece], target: np.dtype | None) -> tuple[np.dtype, tuple[int, ...]]:
     """Dtype and shape of a tensor."""
-    parts = [_part(leaves, piece) for piece in group]
-    shape = tuple(parts[0].shape)
+    shape = _shape(leaves[group[0].path], group[0])
     if group[0].rows is not None:
-        shape = (len(parts), *shape)
+        shape = (len(group), *shape)
     elif group[0].transposed:
         shape = shape[::-1]
     # Rows of several owners lie in one tensor; the widest dtype holds them all exactly.
-    return target or np.dtype(jnp.result_type(*(_numpy_dtype(part) for part in parts))), shape
+    return target or np.dtype(jnp.result_type(*(_dtype(leaves[piece.path]) for piece in group))), shape
 
 
 def widest(announced: Announced) -> str:
@@ -72,7 +75,7 @@ def cut_into_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def write_tensors(
     parts: Parts,
-    leaves: Mapping[LeafPath, Any],
+    leaves: Leaves,
     tensors: Tensors,
     announced: Announced,
     shards: Sequence[Sequence[str]],
@@ -111,7 +114,7 @@ def _is_written(file: Path, noted: Mapping[str, Any]) -> bool:
     return file.is_file() and safetensors_file.digest(file) == noted
 
 
-def _contents(leaves: Mapping[LeafPath, Any], tensors: Tensors, announced: Announced) -> Iterator[np.ndarray]:
+def _contents(leaves: Leaves, tensors: Tensors, announced: Announced) -> Iterator[np.ndarray]:
     """The tensors in order, the next one being read while the caller writes one."""
     groups = [(group, announced[name][0]) for name, group in tensors.items()]
     with ThreadPoolExecutor(1) as reader:
@@ -123,22 +126,25 @@ def _contents(leaves: Mapping[LeafPath, Any], tensors: Tensors, announced: Annou
             yield tensor
 
 
-def _tensor(leaves: Mapping[LeafPath, Any], group: Sequence[Piece], dtype: np.dtype) -> np.ndarray:
-    parts = [cast(_read(_part(leaves, piece)), dtype) for piece in group]
+def _tensor(leaves: Leaves, group: Sequence[Piece], dtype: np.dtype) -> np.ndarray:
+    parts = [cast(_read(leaves[piece.path], piece), dtype) for piece in group]
     if group[0].rows is not None:
         return np.stack(parts)
     return transposed(parts[0]) if group[0].transposed else parts[0]
 
 
-def _part(leaves: Mapping[LeafPath, Any], piece: Piece) -> Any:
-    """The piece of its leaf, not read yet."""
-    leaf = leaves[piece.path]
-    return leaf if piece.layer is None else leaf[piece.layer]
+def _shape(leaf: StoredLeaf | np.ndarray, piece: Piece) -> tuple[int, ...]:
+    """Shape of a piece of a leaf."""
+    whole = leaf.layout.shape if isinstance(leaf, StoredLeaf) else leaf.shape
+    return tuple(whole if piece.layer is None else whole[1:])
 
 
-def _read(leaf: Any) -> np.ndarray:
-    return np.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else arrays.read(leaf)
+def _dtype(leaf: StoredLeaf | np.ndarray) -> np.dtype:
+    return leaf.layout.numpy_dtype if isinstance(leaf, StoredLeaf) else leaf.dtype
 
 
-def _numpy_dtype(leaf: Any) -> np.dtype:
-    return leaf.dtype if isinstance(leaf, np.ndarray | np.generic) else leaf.dtype.numpy_dtype
+def _read(leaf: StoredLeaf | np.ndarray, piece: Piece) -> np.ndarray:
+    """A piece of a leaf."""
+    if isinstance(leaf, np.ndarray):
+        return leaf if piece.layer is None else np.asarray(leaf[piece.layer])
+    return leaf.read() if piece.layer is None else leaf.read_layer(piece.layer)

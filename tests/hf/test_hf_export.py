@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(part, merged, tmp_path):
     shutil.copytree(merged, source)
     (leaf,) = source.rglob("experts.code.up")
     shutil.move(leaf / part, tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="cannot be read, a part of it is missing or damaged"):
+    with pytest.raises(UserError, match=r"cannot be read|is missing"):
         export_hf(source, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
