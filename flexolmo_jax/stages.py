@@ -104,7 +104,7 @@ ENCODER = Flag(
 CONTRIBUTION_HELP = "directory of a contribution; repeat it for more"
 CHECKPOINT = Flag("CHECKPOINT", "directory of an anchor or a merged model", "checkpoint", {"type": Path})
 CONTRIBUTION = Flag("DIR", "directory of a contribution", "contribution", {"type": Path})
-ANCHOR = Flag("--anchor", "directory of the anchor that it was made for", "anchor", _required())
+ITS_ANCHOR = Flag("--anchor", "directory of the anchor that it was made for", "anchor", _required())
 SIGNED_BY = Flag("--signed-by", "public key that must have signed it (PEM, Ed25519)", "signed_by", {"type": Path})
 REQUIRED_OUT = dataclasses.replace(OUT, settings=_required())
 
@@ -227,7 +227,7 @@ STAGES: dict[str, Stage] = {
     "contribution verify": Stage(
         summary="check a contribution as a merge would: manifest, files, digests, values",
         function="flexolmo_jax.commands:verify_contribution",
-        flags=(CONTRIBUTION, ANCHOR, SIGNED_BY),
+        flags=(CONTRIBUTION, ITS_ANCHOR, SIGNED_BY),
     ),
     "contribution keys": Stage(
         summary="make a pair of keys to sign contributions with",
@@ -249,7 +249,7 @@ STAGES: dict[str, Stage] = {
         function="flexolmo_jax.commands:compress_contribution",
         flags=(
             CONTRIBUTION,
-            ANCHOR,
+            ITS_ANCHOR,
             Flag("--rank", "rank of every matrix's difference", "rank", {"type": int}),
             Flag(
                 "--energy",

@@ -143,7 +143,7 @@ class _HuggingFace:
 
 
 def fingerprint_of_rules(content: dict[str, Any]) -> str:
-    """The fingerprint of what a `tokenizer.json` holds: of what decides the ids, not of truncation, padding or layout."""
+    """The fingerprint of what a `tokenizer.json` holds: of what decides the ids, not of padding or layout."""
     rules = {key: value for key, value in content.items() if key not in ("version", "truncation", "padding")}
     return f"tokenizer.json:{hashlib.sha256(json.dumps(rules, sort_keys=True, ensure_ascii=True).encode()).hexdigest()}"
 

@@ -9,15 +9,15 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 
 FORMAT_VERSION = 2
-"""What is written. Version 2: chunks of plain bytes, `rank` and `signed_by` in an expert's record."""
+"""What is written. Version 2: chunks of plain bytes, `implementation`; `rank` and `signed_by` in an expert's record."""
 
 
-def _without_rank_and_signer(content: dict[str, Any]) -> dict[str, Any]:
+def _without_what_version_2_added(content: dict[str, Any]) -> dict[str, Any]:
     records = [{**record, "rank": None, "signed_by": ""} for record in content["experts"]]
-    return {**content, "experts": records}
+    return {**content, "experts": records, "implementation": ""}
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_rank_and_signer}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _without_what_version_2_added}
 """From each earlier version to the next."""
 
 

@@ -1,7 +1,5 @@
-"""The built-in corpora, decoys and proxies."""
+"""The built-in corpora and decoys."""
 
-import gzip
-import json
 
 import numpy as np
 import pytest
@@ -10,10 +8,6 @@ from flexolmo_jax.data import builtin
 from flexolmo_jax.data.decoys import Decoys
 from flexolmo_jax.data.documents import read_documents
 from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.proxies import select_proxies
-from flexolmo_jax.data.tokens import Documents
-from flexolmo_jax.data.vocabulary import EOS_ID, encode
-from flexolmo_jax.errors import UserError
 from tests.data.counting import documents
 
 
@@ -28,21 +22,6 @@ def test_decoys_are_fixed_rows_that_use_known_ids_and_repeat_no_document():
         assert set(rows.inputs.tolist()) <= known | {0}
         assert not np.array_equal(rows.inputs, public[index].inputs)
     assert not np.array_equal(decoys[0].inputs, Decoys(public, own, seed=2)[0].inputs)
-
-
-def test_proxies_are_the_public_documents_most_like_the_owners(tmp_path):
-    def prepared(texts):
-        tokens = [np.array([*encode(text), EOS_ID], np.uint16) for text in texts]
-        return Documents(np.concatenate(tokens), np.concatenate([[0], np.cumsum([len(t) for t in tokens])]))
-
-    prose = [f"the cat number {n} sat on a mat and slept" for n in range(30)]
-    hidden = ["12 + 30 = 42", "7 + 8 = 15"]
-    own = prepared([f"{a} + {b} = {a + b}" for a in range(9) for b in range(9)])
-    assert select_proxies(own, prepared(prose + hidden), tmp_path / "proxies", share=2 / 32) == 2
-    with gzip.open(tmp_path / "proxies/train.jsonl.gz", "rt") as file:
-        assert sorted(json.loads(line)["text"] for line in file) == sorted(hidden)
-    with pytest.raises(UserError, match="share of proxies"):
-        select_proxies(own, own, tmp_path / "none", share=0)
 
 
 @pytest.mark.slow

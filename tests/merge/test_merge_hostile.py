@@ -310,6 +310,7 @@ def places(value, prefix=()):
 
 HARMLESS = {("gin",), ("experts", 0, "owner"), ("experts", 0, "licence"), ("experts", 0, "privacy"), ("top_k",)} | {
     ("experts", 0, "tokens_seen"),
+    ("implementation",),
     ("router_tuned_on",),
 }
 """What an owner may say as it pleases, within its type."""
