@@ -35,6 +35,13 @@ def expert_step_by_hand() -> int:
     return ROWS * LENGTH // 8 * (forward + back + weights)
 
 
+def gathered_for_the_first_block_by_hand() -> float:
+    """Bytes of float32 matrices that the scan's backward pass gathers for all blocks, and the first does not need."""
+    width, kv, hidden = MODEL.width, MODEL.kv_width, MODEL.hidden
+    attention, public_expert = 2 * width * (width + kv), 3 * width * hidden
+    return 4 * (attention + public_expert) * 7 / 8
+
+
 def test_collectives_and_an_expert_job_on_eight_devices():
     found = on_eight_devices("train-expert:fsdp:full")
     piece = 16 * 4 * 4
@@ -50,7 +57,8 @@ def test_collectives_and_an_expert_job_on_eight_devices():
     job = found["train-expert:fsdp:full"]
     assert job["flops"]["needed"] == expert_step_by_hand()
     assert job["flops"]["needed"] > job["least_flops"] / 8
-    assert job["least_traffic"] <= job["traffic"] <= 1.02 * job["least_traffic"]
+    least = job["least_traffic"] + gathered_for_the_first_block_by_hand()
+    assert least <= job["traffic"] <= 1.05 * least  # and a few sums and ids of tokens
     assert 0 <= job["arguments"] - job["estimated_arguments"] <= 16  # step counters, and whose text a row is
 
 
