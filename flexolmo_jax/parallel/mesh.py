@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -101,6 +102,12 @@ class Layout:
 
     name: str
     mesh: Mesh | AbstractMesh
+
+    def active(self) -> AbstractContextManager:
+        """A context in which this mesh is the current one, as the layers and constraints under it read it."""
+        if isinstance(self.mesh, AbstractMesh):
+            return jax.sharding.use_abstract_mesh(self.mesh)
+        return jax.set_mesh(self.mesh)
 
     def shardings(self, tree: Any) -> Any:
         """Where the arrays of a tree lie: parameters, or an optimizer state whose leaves are named like parameters.

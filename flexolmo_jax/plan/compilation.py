@@ -85,7 +85,7 @@ def tpu_devices(topology: Topology) -> list:
 def compile_program(program: Program, layout: Layout, available: int) -> Compiled:
     """Compiles a program for the devices of a layout, of which `available` bytes of HBM each may be used."""
     began = time.monotonic()
-    with jax.set_mesh(layout.mesh):
+    with layout.active():
         lowered = program.function.lower(*program.arguments)
         try:
             compiled = lowered.compile()

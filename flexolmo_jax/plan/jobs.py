@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +42,7 @@ class Program(NamedTuple):
       arguments: trees of `jax.ShapeDtypeStruct` with shardings, and static values.
     """
 
-    function: Callable
+    function: Any
     arguments: tuple[Any, ...]
 
 

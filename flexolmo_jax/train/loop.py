@@ -52,7 +52,7 @@ def train(
     _forget_after(out / "metrics.jsonl", begin)
     compiled = jit_step(step, state)
     with (
-        jax.set_mesh(layout.mesh),
+        layout.active(),
         _StopFlag() as stop,
         (out / "metrics.jsonl").open("a") as log,
         terminal.Progress(out.name, run.steps, first=begin) as bar,

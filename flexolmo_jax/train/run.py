@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.data.mixture import open_rows
@@ -75,7 +74,7 @@ class RunConfig:
     def implementation(self, experts: int, layout: Layout) -> str:
         """The implementation of `mix_experts` that a step runs, every token choosing all of so many experts."""
         tokens = self.batch_size // self.accumulation * self.sequence_length
-        with jax.set_mesh(layout.mesh):
+        with layout.active():
             return choose_implementation(tokens=tokens, top_k=experts, experts=experts, axes=dict(layout.mesh.shape))
 
     @property

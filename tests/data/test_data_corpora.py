@@ -1,6 +1,5 @@
 """The built-in corpora and decoys."""
 
-
 import numpy as np
 import pytest
 
