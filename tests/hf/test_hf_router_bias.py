@@ -57,6 +57,7 @@ def test_strength_is_chosen_where_there_is_too_little_text():
     assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_folding_is_measured_as_another_computation_does(biased, corpus, config, names, tmp_path, capsys):
     export = export_hf(biased, tmp_path / "hf", fold_bias=corpus)
     folded = export.folded

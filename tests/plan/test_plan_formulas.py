@@ -135,6 +135,7 @@ def plans(fits):
     return by_formulas, by_compiling
 
 
+@pytest.mark.slow
 def test_search_takes_the_fastest_that_fits():
     planned = job("train-expert", 2)
     mesh = MeshConfig(layout="fsdp")

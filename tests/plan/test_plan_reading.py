@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.plan import hlo, measures
@@ -27,6 +27,7 @@ def test_products_count_as_xla_counts_them(b, m, k, n):
 
 @settings(max_examples=6, deadline=None)
 @given(size=st.integers(3, 12), taps=st.integers(1, 5), stride=st.integers(1, 3), holes=st.integers(1, 3))
+@example(size=3, taps=1, stride=3, holes=3)
 def test_convolutions_count_as_xla_counts_them(size, taps, stride, holes):
     def convolve(x, w):
         return jax.lax.conv_general_dilated(
@@ -34,7 +35,8 @@ def test_convolutions_count_as_xla_counts_them(size, taps, stride, holes):
         )
 
     text = jax.jit(convolve).lower(jnp.ones((2, size, 3)), jnp.ones((taps, 3, 4))).compile()
-    assert measures.flops(hlo.parse(text.as_text())).needed == text.cost_analysis()["flops"]
+    counted = text.cost_analysis().get("flops", 0.0)  # where every product is with a hole, XLA leaves none
+    assert measures.flops(hlo.parse(text.as_text())).needed == counted
 
 
 def test_loops_within_loops_multiply():
