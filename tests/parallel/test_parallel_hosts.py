@@ -16,7 +16,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(address, num_processes=2, process_id=int(host))
 from flexolmo_jax.parallel import MeshConfig
 
-layout = MeshConfig(data=2, fsdp=2).build()
+layout = MeshConfig(layout="fsdp", data=2, fsdp=2).build()
 whole = np.arange(8 * 3).reshape(8, 3)
 rows = layout.local_rows(8)
 placed = layout.place_batch({"ids": whole[rows]})["ids"]
