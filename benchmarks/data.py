@@ -9,8 +9,6 @@ take turns; figures are medians. Without a corpus the built-in public one is mad
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -25,7 +23,7 @@ from flexolmo_jax.data.prepare import Preparation, open_split, prepare_task
 from flexolmo_jax.data.reading import batches, read_from
 from flexolmo_jax.data.text_task import TextTask
 from flexolmo_jax.data.tokens import PreparedSplit
-from flexolmo_jax.evaluate.report import versions
+from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.terminal import table
 
 LENGTH = 4096
@@ -140,12 +138,7 @@ def main() -> None:
         ratio = best / demo_speed(arguments.demo)
         checks["times what the demo's job consumes"] = {"value": ratio, "target": ">= 20", "ok": ratio >= 20}
     result = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-            "load at the end": os.getloadavg()[0],
-        },
+        "machine": machine(),
         "versions": versions(),
         "rows": {
             "tokens per second": medians,

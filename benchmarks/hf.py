@@ -10,7 +10,6 @@ kernel reports. Needs four times the model's size on the disk, three times if `c
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from flexolmo_jax.evaluate.report import versions
+from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.hf import safetensors_file
 from flexolmo_jax.hf.names import mixture_pieces
 from flexolmo_jax.hf.shards import open_shards
@@ -181,14 +180,8 @@ def main() -> None:
     table(title, ["step", *rows["cp -r"]], [[name, *row.values()] for name, row in rows.items()])
     for name, check in checks.items():
         print(f"{'ok  ' if check['ok'] else 'MISS'}  {name}: {check['value']} ({check['target']})")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "load": os.getloadavg()[0],
-    }
     if arguments.json:
-        result = {"machine": machine, "versions": versions(), "rows": rows, "checks": checks, "runs": runs}
+        result = {"machine": machine(), "versions": versions(), "rows": rows, "checks": checks, "runs": runs}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -27,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.evaluate.report import versions
+from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.model import PUBLIC, ModelConfig
 from flexolmo_jax.stages import number_of_bytes
 from flexolmo_jax.store import arrays, checkpoint
@@ -256,14 +255,8 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict:
     }
     for name, each in checks.items():
         say(f"{'ok  ' if each['ok'] else 'MISS'}  {name}: {each['value']:.3f} ({each['target']})")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "load": os.getloadavg(),
-    }
     rounds = {way: [each._asdict() for each in runs] for way, runs in found.items()}
-    return {"machine": machine, "versions": versions(), "bytes": nbytes, "rows": rounds, "checks": checks}
+    return {"machine": machine(), "versions": versions(), "bytes": nbytes, "rows": rounds, "checks": checks}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ would take. Temporaries are what XLA allocates beside arguments and results. Abo
 import argparse
 import functools
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax.evaluate.report import versions
+from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.moe import FeedForward, choose_implementation, mix_experts
 from flexolmo_jax.moe.dense import feed_forward
 from flexolmo_jax.terminal import table
@@ -150,14 +148,8 @@ def main() -> None:
     checks = judge(rows)
     for name, check in checks.items():
         print(f"{'ok  ' if check['ok'] else 'MISS'} {name}: {check['value']} (target {check['target']})")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "device": jax.devices()[0].device_kind,
-    }
     if arguments.json:
-        result = {"machine": machine, "versions": versions(), "rows": rows, "checks": checks}
+        result = {"machine": machine(), "versions": versions(), "rows": rows, "checks": checks}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

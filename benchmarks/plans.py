@@ -9,13 +9,12 @@ Each job is planned in a process of its own, whose time and memory are recorded.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from flexolmo_jax.evaluate.report import versions
+from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.terminal import table
 
 PLANS = {
@@ -79,8 +78,7 @@ def main() -> None:
     for name in arguments.only or PLANS:
         rows.append(measure(name))
         checks = judge(rows)
-        machine = {"platform": platform.platform(), "processors": os.cpu_count()}
-        found = {"machine": machine, "versions": versions(), "rows": rows, "checks": checks}
+        found = {"machine": machine(), "versions": versions(), "rows": rows, "checks": checks}
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

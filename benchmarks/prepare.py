@@ -11,7 +11,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from flexolmo_jax.data.documents import read_documents
 from flexolmo_jax.data.prepare import Preparation, open_split, prepare_task
 from flexolmo_jax.data.splits import SPLITS
 from flexolmo_jax.data.text_task import TextTask
-from flexolmo_jax.evaluate.report import versions
+from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.terminal import table
 
 TURNS = 3
@@ -115,12 +114,7 @@ def main() -> None:
         "checks", ["check", "value", "target", "ok"], [[n, c["value"], c["target"], c["ok"]] for n, c in checks.items()]
     )
     result = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "system": platform.system(),
-            "load at the end": os.getloadavg()[0],
-        },
+        "machine": machine(),
         "versions": versions(),
         "rows": {"seconds and processor seconds": found, "documents": len(texts), "megabytes": megabytes},
         "checks": checks,

@@ -8,8 +8,6 @@ steps, batches and seed, merges, and prints held-out bits per byte on test text.
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from flexolmo_jax.data.prepare import open_split
 from flexolmo_jax.demo import CONFIGS, OWNERS, SEQUENCE_LENGTH, run_stage
 from flexolmo_jax.evaluate.bits_per_byte import best_top_k, score_top_k
 from flexolmo_jax.evaluate.measurement import Candidate, measure, opt_outs
-from flexolmo_jax.evaluate.report import expert_label, gap_closed, opt_out_harm, public_harm, versions
+from flexolmo_jax.evaluate.report import expert_label, gap_closed, machine, opt_out_harm, public_harm, versions
 from flexolmo_jax.infer import load, load_with_contribution
 from flexolmo_jax.merge import merge
 from flexolmo_jax.terminal import table
@@ -85,12 +83,7 @@ def main() -> None:
             checks[name] = {"value": value, "target": "<= 0.02", "ok": value <= 0.02}
         elif name.startswith("gap closed"):
             checks[name] = {"value": value, "target": ">= 0.8", "ok": value >= 0.8}
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-    }
-    result = {"machine": machine, "versions": versions(), "rows": found, "checks": checks}
+    result = {"machine": machine(), "versions": versions(), "rows": found, "checks": checks}
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -242,7 +241,7 @@ def main() -> None:
         serve(arguments.serve, arguments.jobs, *sizes, arguments.experts)
         return
 
-    from flexolmo_jax.evaluate.report import versions
+    from flexolmo_jax.evaluate.report import machine, versions
     from flexolmo_jax.terminal import table
 
     rows = [row for job in arguments.jobs.split(",") for row in measure(job, *sizes, arguments.repeats)]
@@ -250,13 +249,8 @@ def main() -> None:
     checks = judge(rows)
     for name, check in checks.items():
         print(f"{'ok  ' if check['ok'] else 'MISS'} {name}: {check['value']} (target {check['target']})")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-    }
     if arguments.json:
-        result = {"machine": machine, "versions": versions(), "rows": rows, "checks": checks}
+        result = {"machine": machine(), "versions": versions(), "rows": rows, "checks": checks}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ def keep_what_is_freed() -> None:
 
     XLA takes and returns its temporary buffers at every step. By default the C library hands them back to the kernel,
     which then clears up to 20,000 pages a step, even for a small model. With one arena that keeps what it has, in huge
-    pages, there are none, and a training step on two CPU cores took 16 to 45% less time.
+    pages, there are none, and a training step on two CPU cores took 16 to 31% less time.
     """
     if sys.platform.startswith("linux") and _TUNABLES not in os.environ:
         os.environ[_TUNABLES] = _KEEP

@@ -7,6 +7,7 @@ Models go by label: `public` is the anchor alone, `expert:math` an owner's own t
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,16 @@ def read(file: Path) -> Report:
         return Report(**known, extra={key: value for key, value in content.items() if key not in fields})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is not a report of an evaluation: {error}") from error
+
+
+def machine() -> dict[str, Any]:
+    """What a timing depends on beside the programs: processor, cores, system, and how busy the machine is now."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "load": os.getloadavg()[0],
+    }
 
 
 def versions() -> dict[str, str]:

@@ -110,16 +110,6 @@ def load(directory: Path, predicate: Predicate = lambda path: True, *, shardings
         ) from error
 
 
-def open_leaves(directory: Path) -> dict[LeafPath, tensorstore.TensorStore]:
-    """Every leaf by its path, opened but not read: `leaf[layer].read().result()` reads that layer and nothing else.
-
-    Raises:
-      UserError: the directory is not a complete checkpoint, or a leaf is missing.
-    """
-
-    return {path: open_leaf(directory, path) for path in flatten(shapes(directory))}
-
-
 def open_leaf(directory: Path, path: LeafPath) -> tensorstore.TensorStore:
     """One leaf, opened but not read.
 
