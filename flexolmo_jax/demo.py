@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "demo"
 PROMPTS = {"code": "def close(self):\n", "math": "remainder by 5 of 471:", "unicode": "U+4E2D"}
 NEW_TOKENS = 48
 QUESTIONS = 100
-ROWS_MEASURED = 128
+ROWS_MEASURED = 96
 ROWS_TO_CHOOSE_TOP_K = 64
 SEQUENCE_LENGTH = 128
 

@@ -122,12 +122,12 @@ def _code(modules: list[ast.Module]) -> Iterator[Document]:
 
 
 def worked_sum(a: int, b: int) -> str:
-    """A question and its worked answer: `Q: 47 + 36 = ?` and `A: 7 + 6 = 13, 4 + 3 + 1 = 8, so 83`."""
+    """A question and its worked answer: `Q: 47 + 36 = ?` and `A: 7 + 6 = 13, 4 + 3 + 1 = 8: 83`."""
     (tens, units), (other_tens, other_units) = divmod(a, 10), divmod(b, 10)
     total = units + other_units
     carry = total // 10
     steps = f"{units} + {other_units} = {total}, {tens} + {other_tens} + {carry} = {tens + other_tens + carry}"
-    return f"Q: {a} + {b} = ?\nA: {steps}, so {a + b}\n"
+    return f"Q: {a} + {b} = ?\nA: {steps}: {a + b}\n"
 
 
 def remainder(number: int, divisor: int) -> str:
