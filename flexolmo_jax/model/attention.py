@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.model.config import ModelConfig
+from flexolmo_jax.model.documents import attend_documents
 from flexolmo_jax.model.norm import rms_norm
 from flexolmo_jax.model.rotary import rotate
 
@@ -20,21 +21,6 @@ class KeyValues(NamedTuple):
 
     keys: Float[Array, "*L B S G C"]
     values: Float[Array, "*L B S G C"]
-
-
-QUERIES_AT_ONCE = 512
-"""Longer rows are attended in blocks of so many queries, so that no block meets keys that come after all of it."""
-
-
-def document_mask(segments: Int[Array, "B T"], begin: int) -> Bool[Array, "B 1 Q T"]:
-    """True where a query, one of the positions from `begin` on, may look at a key.
-
-    That is a key that is not later than itself, in the same document.
-    """
-    positions = jnp.arange(segments.shape[1])
-    causal = positions[begin:, None] >= positions[None, :]
-    same = segments[:, begin:, None] == segments[:, None, :]
-    return (causal & same)[:, None]
 
 
 class Attention(nnx.Module):
@@ -60,24 +46,13 @@ class Attention(nnx.Module):
         return rotate(q, angles), KeyValues(rotate(k, angles), v)
 
     def attend_documents(self, q, own: KeyValues, segments: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Every position attends to those before it in its own document.
-
-        With `n` blocks of queries that takes `(n + 1) / 2n` of the products that all pairs of positions would.
-        """
-        length = segments.shape[1]
-        block = length if length % QUERIES_AT_ONCE else QUERIES_AT_ONCE
-        return jnp.concatenate(
-            [
-                self.attend(
-                    q[:, end - block : end],
-                    KeyValues(own.keys[:, :end], own.values[:, :end]),
-                    document_mask(segments[:, :end], end - block),
-                )
-                for end in range(block, length + 1, block)
-            ],
-            axis=1,
-        )
+        """Every position attends to those before it in its own document."""
+        return self._project_out(attend_documents(q, own.keys, own.values, segments))
 
     def attend(self, q, cached: KeyValues, mask: Bool[Array, "B 1 S T"]) -> Float[Array, "B S D"]:
-        mixed = jax.nn.dot_product_attention(q, cached.keys.astype(q.dtype), cached.values.astype(q.dtype), mask=mask)
-        return mixed.reshape(*mixed.shape[:2], -1) @ self.o[...].astype(q.dtype)
+        return self._project_out(
+            jax.nn.dot_product_attention(q, cached.keys.astype(q.dtype), cached.values.astype(q.dtype), mask=mask)
+        )
+
+    def _project_out(self, mixed: Float[Array, "B S H C"]) -> Float[Array, "B S D"]:
+        return mixed.reshape(*mixed.shape[:2], -1) @ self.o[...].astype(mixed.dtype)

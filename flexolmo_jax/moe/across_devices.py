@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from flexolmo_jax.parallel.current import mesh_axes
 from flexolmo_jax.parallel.layouts import BATCH_AXES
 
 _GATHERED = "gathered expert weights"
@@ -26,18 +27,6 @@ _IN, _OUT = PartitionSpec("fsdp", ("expert", "tensor")), PartitionSpec(("expert"
 
 Local = Callable[..., Any]
 """From tokens and experts that a device has to [T, D], or a pytree of such: sums over the device's hidden units."""
-
-
-def mesh_axes() -> dict[str, int]:
-    """Sizes of the axes of the mesh in force, none if there is no mesh or it is a single device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return dict(mesh.shape) if not mesh.empty and mesh.size > 1 else {}
-
-
-def platform() -> str:
-    """The kind of device that the program is traced for: "cpu", "gpu" or "tpu", also when compiled ahead of time."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def with_gathered_weights(local: Local, tokens: tuple[Float[Array, "T _"], ...], experts: Sequence) -> Any:

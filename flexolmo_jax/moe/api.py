@@ -9,8 +9,9 @@ from typing import NamedTuple
 from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.moe import dense, grouped, ragged, ring
-from flexolmo_jax.moe.across_devices import mesh_axes, with_gathered_tokens, with_gathered_weights
+from flexolmo_jax.moe.across_devices import with_gathered_tokens, with_gathered_weights
 from flexolmo_jax.moe.choice import choose_implementation
+from flexolmo_jax.parallel.current import mesh_axes
 
 
 class FeedForward(NamedTuple):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from flexolmo_jax.moe.across_devices import platform
+from flexolmo_jax.parallel.current import platform
 
 LARGEST_SHARE = {"cpu": 0.8, "gpu": 0.9, "tpu": 0.9}
 """By platform: up to this share of experts per token, `grouped` is taken. On CPU it is 2.1 times as fast as `dense`

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from flexolmo_jax.moe.across_devices import mesh_axes, with_gathered_weights
+from flexolmo_jax.moe.across_devices import with_gathered_weights
+from flexolmo_jax.parallel.current import mesh_axes
 
 
 def feed_forward(x: Float[Array, "*T D"], weights) -> Float[Array, "*T D"]:

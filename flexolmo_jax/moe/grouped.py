@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.moe import blocks, kernels
-from flexolmo_jax.moe.across_devices import mesh_axes, platform, with_gathered_weights
+from flexolmo_jax.moe.across_devices import with_gathered_weights
 from flexolmo_jax.moe.sorting import choices_of, sort_by_expert, sum_of_choices
+from flexolmo_jax.parallel.current import mesh_axes, platform
 
 
 def mix_experts(

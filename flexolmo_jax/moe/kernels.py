@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float
 
-from flexolmo_jax.moe.across_devices import platform
+from flexolmo_jax.parallel.current import platform
 
 GPU_IMPLEMENTATION = "triton"
 """Of tokamax's `ragged_dot_general`; it exists for all of NVIDIA's GPUs that JAX supports. Not yet measured."""

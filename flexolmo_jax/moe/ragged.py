@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.moe import grouped
-from flexolmo_jax.moe.across_devices import mesh_axes, platform, with_own_weights
+from flexolmo_jax.moe.across_devices import with_own_weights
 from flexolmo_jax.moe.sorting import choices_of, rows_of, sort_by_expert
+from flexolmo_jax.parallel.current import mesh_axes, platform
 
 
 def mix_experts(

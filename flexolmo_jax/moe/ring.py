@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.moe import dense, grouped
-from flexolmo_jax.moe.across_devices import mesh_axes, with_gathered_tokens
+from flexolmo_jax.moe.across_devices import with_gathered_tokens
 from flexolmo_jax.moe.choice import choose_local
+from flexolmo_jax.parallel.current import mesh_axes
 
 LOCAL = {"dense": dense.mix_local, "grouped": grouped.mix_local}
 

@@ -1,0 +1,78 @@
+"""Attention within packed documents: the ways to compute it against a formula in float64, forward and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexolmo_jax.model import documents
+
+
+def reference(q, k, v, segments):
+    """Softmax attention, position by position, in float64."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    segments = np.asarray(segments)
+    mixed = np.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for row, position, head in np.ndindex(q.shape[:3]):
+        seen = np.flatnonzero(segments[row, : position + 1] == segments[row, position])
+        scores = k[row, seen, head // group] @ q[row, position, head] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        mixed[row, position, head] = weights @ v[row, seen, head // group] / weights.sum()
+    return mixed
+
+
+def draw(seed: int, rows: int, length: int, heads: int, kv_heads: int, width: int):
+    rng = np.random.default_rng(seed)
+    q, cotangent = rng.normal(size=(2, rows, length, heads, width)).astype(np.float32)
+    k, v = rng.normal(size=(2, rows, length, kv_heads, width)).astype(np.float32)
+    segments = np.sort(rng.integers(1, 5, (rows, length)), axis=1).astype(np.int32)
+    return tuple(map(jnp.asarray, (q, k, v))), jnp.asarray(segments), jnp.asarray(cotangent)
+
+
+@jax.jit
+def splash(q, k, v, segments):
+    return documents.splash(q, k, v, segments, interpret=True)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    rows=st.integers(1, 3),
+    length=st.integers(1, 9),
+    kv_heads=st.sampled_from([1, 2]),
+    group=st.sampled_from([1, 3]),
+)
+@settings(max_examples=12, deadline=None)
+def test_blocks_are_softmax_attention(seed, rows, length, kv_heads, group):
+    (q, k, v), segments, _ = draw(seed, rows, length, kv_heads * group, kv_heads, 8)
+    np.testing.assert_allclose(documents.blocks(q, k, v, segments), reference(q, k, v, segments), atol=2e-5)
+
+
+def test_rows_of_several_blocks_are_the_same(monkeypatch):
+    monkeypatch.setattr(documents, "QUERIES_AT_ONCE", 4)
+    (q, k, v), segments, _ = draw(0, 2, 12, 2, 2, 8)
+    np.testing.assert_allclose(documents.blocks(q, k, v, segments), reference(q, k, v, segments), atol=2e-5)
+
+
+def test_splash_is_softmax_attention_with_its_gradients(monkeypatch):
+    monkeypatch.setattr(documents, "QUERIES_AT_ONCE", 128)
+    (q, k, v), segments, cotangent = draw(1, 2, 256, 4, 2, 128)
+    np.testing.assert_allclose(splash(q, k, v, segments), reference(q, k, v, segments), atol=2e-5)
+
+    def gradients(attend):
+        return jax.grad(lambda *qkv: jnp.vdot(attend(*qkv, segments), cotangent), argnums=(0, 1, 2))(q, k, v)
+
+    for ours, plain in zip(gradients(splash), gradients(documents.blocks), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=5e-5)
+
+
+def test_each_platform_has_its_way(monkeypatch):
+    def way(platform, length=256, width=128, dtype=jnp.bfloat16):
+        monkeypatch.setattr(documents, "platform", lambda: platform)
+        return documents.best_way((2, length, 4, width), dtype)
+
+    assert way("tpu") is documents.splash
+    assert way("tpu", length=200) is way("tpu", width=64) is documents.blocks
+    assert way("gpu") is documents.fused
+    assert way("gpu", dtype=jnp.float32) is way("cpu") is documents.blocks
