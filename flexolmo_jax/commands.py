@@ -124,19 +124,18 @@ def generate(
     """Continues a prompt greedily, up to an end of text."""
     import jax.numpy as jnp
 
-    from flexolmo_jax.data import vocabulary
     from flexolmo_jax.infer import load
 
-    ids = jnp.array([vocabulary.encode(prompt)], jnp.int32)
-    if not ids.size:
+    if not prompt:
         raise UserError("--prompt is empty: give at least one character")
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {max_new_tokens}, but must be at least 1")
     model = load(checkpoint)
+    ids = jnp.array(model.vocabulary.encode([prompt]), jnp.int32)
     lengths = jnp.array([ids.shape[1]], jnp.int32)
     (new,) = model.generate(ids, lengths, max_new_tokens=max_new_tokens, experts=experts, top_k=top_k)
     return {
-        "text": prompt + vocabulary.decode(new.tolist()),
+        "text": prompt + model.vocabulary.decode(new.tolist()),
         "prompt": prompt,
         "experts": experts or model.names,
         "top_k": model.check_top_k(top_k),

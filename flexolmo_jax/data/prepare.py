@@ -23,8 +23,8 @@ from flexolmo_jax.data.runs import BAD_SHOWN, Run, Unit, UnitReport, read_report
 from flexolmo_jax.data.shards import ShardJob, rank, write_shard
 from flexolmo_jax.data.splits import SPLITS
 from flexolmo_jax.data.text_task import task_of
-from flexolmo_jax.data.tokens import FORMAT_VERSION, MANIFEST, PreparedSplit, is_prepared, read_manifest
-from flexolmo_jax.data.vocabularies import Vocabulary, id_type
+from flexolmo_jax.data.tokens import FORMAT_VERSION, MANIFEST, TOKENIZER, PreparedSplit, is_prepared, read_manifest
+from flexolmo_jax.data.vocabularies import BYTES, SavedVocabulary, Vocabulary, id_type
 from flexolmo_jax.data.workers import Workers, in_processes, in_this_process
 from flexolmo_jax.errors import UserError
 
@@ -90,20 +90,34 @@ class Preparation:
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "workers"}
 
 
-def prepare(corpus: Path, out: Path) -> Path:
-    """Where the tokens of a corpus are: `corpus` itself if it is prepared text, else `out`, prepared as bytes.
+def prepare(corpus: Path, out: Path, saved: SavedVocabulary | None = None) -> Path:
+    """Where the tokens of a corpus are: `corpus` itself if it is prepared text, else `out`, where it is then prepared.
 
     A corpus with files named `train*`, `validation*`, `test*` has these splits. In any other corpus, a stable hash of
     its text decides which split a document belongs to.
 
+    Args:
+      corpus: text, or prepared text.
+      out: directory to prepare text in.
+      saved: what text is prepared with; None means bytes.
+
     Raises:
-      UserError: the corpus is missing, empty or unreadable.
+      UserError: the corpus is missing, empty or unreadable, or the vocabulary is not there.
     """
     if is_prepared(corpus):
         read_manifest(corpus)
         return corpus
-    prepare_task(task_of(corpus), out, Preparation(workers=1), overwrite=True)
+    task = task_of(corpus, saved.name if saved else BYTES)
+    prepare_task(task, out, Preparation(workers=1), overwrite=True)
     return out
+
+
+def vocabulary_of(prepared: Path) -> SavedVocabulary:
+    """What a text, or the first part of a mixture, was prepared with."""
+    manifest = read_manifest(prepared)
+    if parts := manifest.get("parts"):
+        return vocabulary_of(prepared / parts[0]["path"])
+    return SavedVocabulary(manifest["vocabulary"]["fingerprint"], prepared / TOKENIZER)
 
 
 def open_split(prepared: Path, split: str) -> PreparedSplit:
@@ -247,6 +261,8 @@ def _work(
     unwritten = [job for job in jobs if not place.shard_report(job).exists()]
     advance = _Advance(lambda done: progress(_TOKENIZING + (1 - _TOKENIZING) * done), len(jobs), len(unwritten))
     workers(functools.partial(_write, place, preparation.deduplicate != "none"), unwritten, advance)
+    shutil.rmtree(place.result / TOKENIZER, ignore_errors=True)  # of a try that was killed
+    task.vocabulary.save(place.result / TOKENIZER)
     return _manifest(place, task, reports, jobs)
 
 

@@ -160,8 +160,7 @@ class TextUnit:
         return self.file if self.part == 0 else None
 
 
-def task_of(corpus: Path) -> TextTask:
-    """The task of a corpus that a job names by its path alone: bytes, of the field `text`."""
-    return TextTask(
-        name=re.sub(r"[^A-Za-z0-9._-]|^[._-]+", "_", corpus.name).lstrip("._-") or "corpus", files=str(corpus)
-    )
+def task_of(corpus: Path, tokenizer: str = BYTES) -> TextTask:
+    """The task of a corpus that a job names by its path alone: its field `text`."""
+    name = re.sub(r"[^A-Za-z0-9._-]|^[._-]+", "_", corpus.name).lstrip("._-") or "corpus"
+    return TextTask(name=name, files=str(corpus), tokenizer=tokenizer)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import json
 import threading
 from collections.abc import Sequence
@@ -12,8 +13,11 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+"""Directory within prepared text that holds the files of its tokenizer, if it has any."""
+
 KINDS = ("prepared", "mixture")
 
 _READERS_OPEN = 128
@@ -190,3 +194,12 @@ def read_manifest(directory: Path) -> dict:
             "prepare it again"
         )
     return content
+
+
+def fingerprint(directory: Path) -> str:
+    """SHA-256 of what prepared text or a mixture is made of: other documents or ids give another one."""
+    manifest = read_manifest(directory)
+    content = manifest.get("splits") or [
+        [fingerprint(directory / part["path"]), part["rate"]] for part in manifest["parts"]
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

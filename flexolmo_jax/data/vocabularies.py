@@ -1,15 +1,18 @@
 """Vocabularies: bytes, SentencePiece models, and Hugging Face's `tokenizer.json`.
 
 A vocabulary is named as a job file names it: "bytes", or the path of a `.model` or `.json` file. What goes into
-manifests is its fingerprint, which says which ids a text gets and not where the file lies.
+manifests is its fingerprint, which says which ids a text gets and not where the file lies. Prepared text and models
+carry its files along.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,12 +20,15 @@ from flexolmo_jax.data import vocabulary
 from flexolmo_jax.errors import UserError, did_you_mean
 
 BYTES = "bytes"
+TOKENIZER_JSON, TOKENIZER_CONFIG, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+"""Names of the files that are carried along."""
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 """What tokenizers call their end of text, where `tokenizer_config.json` beside them does not say."""
 PADS = ("<|pad|>", "<pad>", "[PAD]")
 
 
+@runtime_checkable
 class Vocabulary(Protocol):
     """Text to token ids and back.
 
@@ -46,6 +52,48 @@ class Vocabulary(Protocol):
         """The text of the ids up to the first end of text."""
         ...
 
+    def text_bytes(self) -> np.ndarray:
+        """Bytes of UTF-8 text that each id stands for, int32 [size]; 0 for what is no text, such as an end of text."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes the files that a `SavedVocabulary` opens into a new directory; for bytes there is nothing to write."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedVocabulary:
+    """A vocabulary that a prepared text or a model carries.
+
+    Attributes:
+      fingerprint: which one it is.
+      directory: where its files are.
+    """
+
+    fingerprint: str = BYTES
+    directory: Path = Path()
+
+    @property
+    def name(self) -> str:
+        """As a job file would name it.
+
+        Raises:
+          UserError: its files are not there, or those of another one are.
+        """
+        if self.fingerprint == BYTES:
+            return BYTES
+        for file in (self.directory / TOKENIZER_JSON, self.directory / SENTENCEPIECE_MODEL):
+            if file.is_file() and open_vocabulary(str(file)).fingerprint == self.fingerprint:
+                return str(file)
+        raise UserError(
+            f"{self.directory} does not hold the tokenizer {self.fingerprint}, which text for this model needs: "
+            "prepare the text with it (flexolmo prepare)"
+        )
+
+    def open(self) -> Vocabulary:
+        """The vocabulary; errors are those of `name`."""
+        return open_vocabulary(self.name)
+
 
 def id_type(size: int) -> np.dtype:
     """The smaller of uint16 and uint32 that holds every id below `size`, as OLMo-core's token arrays have it."""
@@ -67,7 +115,7 @@ def open_vocabulary(name: str, eos_token: str = "") -> Vocabulary:
         return _Bytes()
     file = Path(name)
     if file.is_dir():
-        file = file / "tokenizer.json"
+        file = file / TOKENIZER_JSON
     if not file.is_file():
         raise UserError(
             f"there is no tokenizer {name!r}: give 'bytes' or the path of a tokenizer.json or a .model file"
@@ -90,17 +138,23 @@ class _Bytes:
     def decode(self, ids: Iterable[int]) -> str:
         return vocabulary.decode(ids)
 
+    def text_bytes(self) -> np.ndarray:
+        return (np.arange(self.size) >= self.size - 256).astype(np.int32)
+
+    def save(self, directory: Path) -> None:
+        pass
+
 
 class _SentencePiece:
     def __init__(self, file: Path):
         import sentencepiece
 
         try:
-            model = file.read_bytes()
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._model = file.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
             raise UserError(f"{file} is not a SentencePiece model that can be read: {_one_line(error)}") from error
-        self.fingerprint = f"sentencepiece:{hashlib.sha256(model).hexdigest()}"
+        self.fingerprint = f"sentencepiece:{hashlib.sha256(self._model).hexdigest()}"
         self.size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
@@ -112,6 +166,18 @@ class _SentencePiece:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(_until(self.eos_id, ids))
+
+    def text_bytes(self) -> np.ndarray:
+        def of_one(token: int) -> int:
+            if self._processor.is_control(token) or self._processor.is_unused(token):
+                return 0
+            return _piece_bytes(self._processor.id_to_piece(token))
+
+        return np.array([of_one(token) for token in range(self.size)], np.int32)
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        (directory / SENTENCEPIECE_MODEL).write_bytes(self._model)
 
 
 class _HuggingFace:
@@ -126,6 +192,7 @@ class _HuggingFace:
             content = json.loads(text)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{file} is not a tokenizer.json that can be read: {_one_line(error)}") from error
+        self._file, self._text, self._content = file, text, content
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.fingerprint = fingerprint_of_rules(content)
@@ -140,6 +207,22 @@ class _HuggingFace:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(_until(self.eos_id, ids), skip_special_tokens=False)
+
+    def text_bytes(self) -> np.ndarray:
+        found = np.zeros(self.size, np.int32)
+        measure = len if _maps_bytes_to_characters(self._content.get("decoder")) else _piece_bytes
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            found[number] = measure(token)
+        for added in self._content.get("added_tokens", []):
+            found[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        return found
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir(parents=True)
+        (directory / TOKENIZER_JSON).write_text(self._text, encoding="utf-8")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | _settings_beside(self._file)
+        settings["eos_token"] = self._tokenizer.id_to_token(self.eos_id)
+        (directory / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint_of_rules(content: dict[str, Any]) -> str:
@@ -161,11 +244,28 @@ def _end_of_text(file: Path, tokenizer: Any, special: dict[str, int], eos_token:
 
 def _configured_end(file: Path) -> str | None:
     """The end of text that `tokenizer_config.json` beside the tokenizer names, if there is one."""
-    try:
-        named = json.loads(file.with_name("tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError):
-        return None
+    named = _settings_beside(file).get("eos_token")
     return named["content"] if isinstance(named, dict) else named
+
+
+def _settings_beside(file: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` beside a tokenizer says."""
+    try:
+        settings = json.loads(file.with_name(TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _maps_bytes_to_characters(decoder: dict[str, Any] | None) -> bool:
+    """Whether a `tokenizer.json` writes each byte of a token as one character."""
+    decoder = decoder or {}
+    return decoder.get("type") == "ByteLevel" or any(map(_maps_bytes_to_characters, decoder.get("decoders", ())))
+
+
+def _piece_bytes(piece: str) -> int:
+    """Bytes of a token that is written as text, with U+2581 for a space, or as `<0x0A>` for a single byte."""
+    return 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else len(piece.replace("\u2581", " ").encode())
 
 
 def _until(end: int, ids: Iterable[int]) -> list[int]:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flexolmo_jax.data import vocabulary
+from flexolmo_jax.data.vocabularies import SavedVocabulary
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import PUBLIC, builder
 from flexolmo_jax.model.transformer import Build
 from flexolmo_jax.parallel import MeshConfig
-from flexolmo_jax.store import checkpoint
+from flexolmo_jax.store import checkpoint, companions
 
 Encode = Callable[[Sequence[str]], Float[np.ndarray, "N K E"]]
 """Vectors of documents: but for rounding, those of one depend on its text alone, not on what it is encoded with."""
@@ -36,11 +36,12 @@ def anchor_encoder(anchor: Path, tokens: int, mesh: MeshConfig) -> Encode:
     layout = mesh.build()
     manifest, params = checkpoint.load(anchor, "anchor")
     build, params = builder(manifest.model, (PUBLIC,)), layout.place(params)
+    vocabulary = SavedVocabulary(manifest.tokenizer, anchor / companions.DIRECTORY).open()
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        documents = [vocabulary.encode(text)[:tokens] for text in texts]
+        documents = [ids[:tokens] for ids in vocabulary.encode(texts)]
         vectors = np.empty((len(documents), manifest.model.layers, manifest.model.width), np.float32)
-        for rows, ids, lengths in _batches(documents):
+        for rows, ids, lengths in _batches(documents, vocabulary.pad_id):
             vectors[rows] = np.asarray(_mean_router_inputs(build, params, ids, lengths))[: len(rows)]
         return vectors
 
@@ -75,7 +76,7 @@ def text_encoder(directory: Path) -> Encode:
     return encode
 
 
-def _batches(documents: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+def _batches(documents: list[np.ndarray], pad_id: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Documents' numbers, ids [B, S] and lengths [B], always `AT_ONCE` rows; `S` depends on each row's length alone."""
     by_length: dict[int, list[int]] = {}
     for number, ids in enumerate(documents):
@@ -83,7 +84,7 @@ def _batches(documents: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray
     for length, numbers in by_length.items():
         for start in range(0, len(numbers), AT_ONCE):
             rows = numbers[start : start + AT_ONCE]
-            padded = np.full((AT_ONCE, length), vocabulary.PAD_ID, np.int32)
+            padded = np.full((AT_ONCE, length), pad_id, np.int32)
             lengths = np.ones(AT_ONCE, np.int32)
             for row, number in enumerate(rows):
                 lengths[row] = len(documents[number])

@@ -14,15 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from flexolmo_jax.data.packing import Packing, Rows
-from flexolmo_jax.data.vocabulary import VOCAB_SIZE, encode
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate.selection import full_batches
 from flexolmo_jax.infer import LanguageModel
 
 BATCH_SIZE = 32
-
-(FIRST_BYTE_ID,) = encode("\0")
-"""Id of byte 0. This id and all above it are one byte of text each; padding and the end of text are none."""
 
 
 class Code(NamedTuple):
@@ -30,7 +26,7 @@ class Code(NamedTuple):
 
     Attributes:
       nats: sum of the negative log-likelihood of every target that counts, ends of text included.
-      text_bytes: targets among them that are a byte of text.
+      text_bytes: bytes of text that these targets stand for.
       tokens: all targets that count.
     """
 
@@ -56,34 +52,36 @@ def score(
     """Encodes a prepared split.
 
     A target counts where it continues its own document piece (`Rows.weights`): all of a piece but its first token. The
-    end of text is scored, because the model has to predict it, but it is not a byte. So
+    end of text is scored, because the model has to predict it, but it is no text. So
 
-        bits per byte = sum of -log2 p(target) over all targets that count / number of those targets that are bytes
+        bits per byte = sum of -log2 p(target) over all targets that count / bytes of text that these targets stand for
 
-    as for The Pile (arXiv 2101.00027, section 3.1), but for the bytes that begin a piece: nothing comes before them.
+    as for The Pile (arXiv 2101.00027, section 3.1), but for the tokens that begin a piece: nothing comes before them.
+    Models with different tokenizers compare.
     Permitted experts are an argument of the compiled function, so another choice of them compiles nothing.
 
     Args:
       model: any loaded model.
-      packing: rows of the split.
+      packing: rows of the split, prepared with the model's tokenizer.
       experts: names of the permitted experts; None permits all.
       top_k: experts per token; None means the model's own number.
       max_rows: read at most so many rows, evenly spaced; None reads all.
       batch_size: rows in a batch.
 
     Raises:
-      UserError: the split is empty, an expert is unknown, `top_k` does not fit the model, the model does not know all
-        bytes, or it gives values that are not finite.
+      UserError: the split is empty, an expert is unknown, `top_k` does not fit the model, the model has fewer ids than
+        its tokenizer or does not carry it, or it gives values that are not finite.
     """
-    if model.config.vocab_size < VOCAB_SIZE:
-        raise UserError(f"the model has {model.config.vocab_size} tokens, but text in bytes needs {VOCAB_SIZE}")
+    bytes_of_ids = model.vocabulary.text_bytes()
+    if model.config.vocab_size < len(bytes_of_ids):
+        raise UserError(f"the model has {model.config.vocab_size} tokens, but its tokenizer {len(bytes_of_ids)}")
     top_k = model.check_top_k(top_k)
     permitted = model.permitted(model.names if experts is None else experts, batch_size)
     pending, text_bytes, tokens = [], 0, 0
     for rows in full_batches(packing, batch_size, max_rows):
         pending.append(_row_nats(model.build, top_k, model.params, rows, permitted))
         counts = rows.weights > 0
-        text_bytes += int(np.sum(counts & (rows.targets >= FIRST_BYTE_ID)))
+        text_bytes += int(np.sum(bytes_of_ids[rows.targets[counts]]))
         tokens += int(np.sum(counts))
     nats = float(np.sum(np.asarray(jax.device_get(pending), np.float64)))
     if not math.isfinite(nats):

@@ -24,9 +24,9 @@ def bits_per_byte_of_contributions(anchor: Path, contributions: Sequence[Path], 
       UserError: the corpus cannot be read, or has no held-out document.
     """
     with tempfile.TemporaryDirectory(prefix="flexolmo-") as scratch:
-        documents = open_split(prepare(corpus, Path(scratch) / "prepared"), "test")
+        models = [load_with_contribution(anchor, directory) for directory in contributions]
+        documents = open_split(prepare(corpus, Path(scratch) / "prepared", models[0].tokenizer), "test")
         if not len(documents):
             raise UserError(f"the corpus {corpus} has no document in its test split")
         rows = Packing(documents, SEQUENCE_LENGTH)
-        models = (load_with_contribution(anchor, directory) for directory in contributions)
         return [score(model, rows, max_rows=MOST_ROWS).bits_per_byte for model in models]

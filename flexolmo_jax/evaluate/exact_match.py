@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax.data.vocabulary import decode, encode
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate.selection import evenly_spaced
 from flexolmo_jax.infer import LanguageModel
@@ -116,9 +115,10 @@ def answers(
     """
     if not asked:
         raise UserError("there is no question to ask: the held-out texts hold no line of this kind")
-    prompts = [encode(question.prompt) for question in asked]
+    encode = model.vocabulary.encode
+    prompts = encode([question.prompt for question in asked])
     width = _round_up(max(map(len, prompts)), _PROMPT_MULTIPLE)
-    longest = max(len(encode(question.answer)) for question in asked)
+    longest = max(map(len, encode([question.answer for question in asked])))
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -133,7 +133,7 @@ def answers(
             experts=model.names if experts is None else experts,
             top_k=top_k,
         )
-        texts += [decode(row) for row in new[: len(batch)].tolist()]
+        texts += [model.vocabulary.decode(row) for row in new[: len(batch)].tolist()]
     return texts
 
 

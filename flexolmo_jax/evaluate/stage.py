@@ -11,8 +11,9 @@ from typing import Any
 from flexolmo_jax import terminal
 from flexolmo_jax.data.documents import split_texts
 from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.prepare import open_split, prepare, vocabulary_of
 from flexolmo_jax.data.tokens import is_prepared
+from flexolmo_jax.data.vocabularies import SavedVocabulary
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate import bits_per_byte, exact_match, plots
 from flexolmo_jax.evaluate.measurement import Candidate, QuestionSet, measure, opt_outs
@@ -66,10 +67,12 @@ def evaluate(
       UserError: a checkpoint, corpus, expert, `top_k` or `out` cannot be used; nothing is left behind.
     """
     _check(checkpoints, corpora, out, batch_size, sequence_length, overwrite=overwrite)
-    candidates = _candidates([load(each) for each in checkpoints], checkpoints, contributions, experts, top_k)
+    models = [load(each) for each in checkpoints]
+    candidates = _candidates(models, checkpoints, contributions, experts, top_k)
+    tokenizer = _shared_tokenizer(models, checkpoints)
     terminal.banner("evaluate", {"models": ", ".join(candidates), "domains": ", ".join(corpora), "out": out})
     with _new_files_vanish_on_error(out):
-        domains = _domains(corpora, out / "prepared", sequence_length)
+        domains = _domains(corpora, out / "prepared", sequence_length, tokenizer)
         report = measure(
             candidates,
             domains,
@@ -207,11 +210,28 @@ def _in_order(found: dict[str, Candidate]) -> dict[str, Candidate]:
     return dict(sorted(found.items(), key=lambda item: (item[0] != PUBLIC, not item[0].startswith(prefix))))
 
 
-def _domains(corpora: Mapping[str, Path], prepared: Path, sequence_length: int) -> dict[str, Packing]:
+def _shared_tokenizer(models: Sequence[LanguageModel], directories: Sequence[Path]) -> SavedVocabulary:
+    """The tokenizer of all models: they are measured on the same rows."""
+    first = models[0].tokenizer
+    for model, directory in zip(models, directories, strict=True):
+        if model.tokenizer.fingerprint != first.fingerprint:
+            raise UserError(f"{directories[0]} and {directory} have different tokenizers: evaluate them one at a time")
+    return first
+
+
+def _domains(
+    corpora: Mapping[str, Path], prepared: Path, sequence_length: int, tokenizer: SavedVocabulary
+) -> dict[str, Packing]:
     """Rows of every corpus's test split, `public` first."""
     domains = {}
     for name in sorted(corpora, key=lambda name: name != PUBLIC):
-        documents = open_split(prepare(corpora[name], prepared / name), "test")
+        where = prepare(corpora[name], prepared / name, tokenizer)
+        if (other := vocabulary_of(where).fingerprint) != tokenizer.fingerprint:
+            raise UserError(
+                f"{corpora[name]} was prepared with the tokenizer {other}, but the models' is {tokenizer.fingerprint}: "
+                "prepare the text with the models' tokenizer"
+            )
+        documents = open_split(where, "test")
         if not len(documents):
             raise UserError(f"the corpus {corpora[name]} has no document in its test split")
         domains[name] = Packing(documents, sequence_length)

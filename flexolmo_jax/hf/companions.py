@@ -13,14 +13,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from flexolmo_jax.data import vocabulary
-from flexolmo_jax.data.vocabularies import fingerprint_of_rules
+from flexolmo_jax.data.vocabularies import fingerprint_of_rules, open_vocabulary
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.hf.config import MAX_POSITIONS
 from flexolmo_jax.hf.shards import own_file, read_json
 from flexolmo_jax.hf.tokenizer import byte_tokenizer, write_tokenizer
-
-DIRECTORY = "huggingface"
-"""Where an imported model keeps them, beside its arrays."""
+from flexolmo_jax.store.companions import DIRECTORY, MAX_FILE_BYTES
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
@@ -34,7 +32,6 @@ TOKENIZER_FILES = (
 )
 GENERATION = "generation_config.json"
 CONFIG = "config.json"
-MAX_FILE_BYTES = 64 * 2**20
 
 BYTES = "bytes"
 UNKNOWN = "unknown"
@@ -103,7 +100,12 @@ def text_side(found: Path | None, tokenizer: str) -> dict[str, Any]:
     if tokenizer == BYTES:
         eos, pad = vocabulary.EOS_ID, vocabulary.PAD_ID
         return dict(zip(_TEXT_SIDE, (MAX_POSITIONS, None, eos, pad), strict=True))
-    content = read_json(found / CONFIG, found) if found is not None and (found / CONFIG).is_file() else {}
+    content: dict[str, Any] = {}
+    if found is not None and (found / CONFIG).is_file():
+        content = read_json(found / CONFIG, found)
+    elif found is not None and (found / TOKENIZER).is_file():  # A model that was trained here: its tokenizer says it.
+        rules = open_vocabulary(str(found / TOKENIZER))
+        content = {"eos_token_id": rules.eos_id, "pad_token_id": rules.pad_id}
     return {name: content.get(name) for name in _TEXT_SIDE} | {
         "max_position_embeddings": content.get("max_position_embeddings") or MAX_POSITIONS
     }

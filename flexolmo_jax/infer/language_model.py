@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from flexolmo_jax.data.vocabulary import EOS_ID
+from flexolmo_jax.data.vocabularies import SavedVocabulary, Vocabulary
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import PUBLIC, ModelConfig, builder
 from flexolmo_jax.model.partition import join
-from flexolmo_jax.store import checkpoint, contribution
+from flexolmo_jax.store import checkpoint, companions, contribution
 from flexolmo_jax.store.manifest import Manifest, read
 
 ExpertChoice = Sequence[str] | Sequence[Sequence[str]] | None
@@ -29,14 +29,32 @@ class LanguageModel:
       names: its experts, in order.
       top_k: experts per token where a call does not say.
       params: nested dict of its arrays, under the paths of the schema.
+      tokenizer: what its text is to be encoded with.
     """
 
-    def __init__(self, config: ModelConfig, names: Sequence[str], params: Mapping[str, Any], top_k: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        names: Sequence[str],
+        params: Mapping[str, Any],
+        top_k: int,
+        tokenizer: SavedVocabulary | None = None,
+    ):
         self.config = config
         self.names = tuple(names)
         self.top_k = top_k
+        self.tokenizer = tokenizer or SavedVocabulary()
         self.params = jax.tree.map(jnp.asarray, dict(params))
         self.build = _shared_builder(config, self.names)
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Text to ids and back.
+
+        Raises:
+          UserError: the model does not carry its tokenizer.
+        """
+        return self.tokenizer.open()
 
     def __call__(
         self, ids: Int[Array | np.ndarray, "B S"], *, experts: ExpertChoice = None, top_k: int | None = None
@@ -69,10 +87,14 @@ class LanguageModel:
 
         Returns:
           The new tokens; after an end of text, more ends of text.
+
+        Raises:
+          UserError: as for a call, or the model does not carry its tokenizer, which says what ends a text.
         """
         ids, lengths = jnp.asarray(ids), jnp.asarray(lengths)
         permitted = self.permitted(experts, len(ids))
-        new = _generate(self.build, self.check_top_k(top_k), max_new_tokens, self.params, ids, lengths, permitted)
+        settings = self.build, self.check_top_k(top_k), max_new_tokens, self.vocabulary.eos_id
+        new = _generate(*settings, self.params, ids, lengths, permitted)
         return np.asarray(new)
 
     def check_top_k(self, top_k: int | None) -> int:
@@ -107,7 +129,8 @@ def load(directory: str | Path) -> LanguageModel:
       UserError: the directory holds no such model.
     """
     manifest, params = checkpoint.load(Path(directory), "anchor", "merged")
-    return LanguageModel(manifest.model, manifest.names, params, manifest.top_k)
+    tokenizer = SavedVocabulary(manifest.tokenizer, Path(directory) / companions.DIRECTORY)
+    return LanguageModel(manifest.model, manifest.names, params, manifest.top_k, tokenizer)
 
 
 def load_with_contribution(anchor: Path, directory: Path) -> LanguageModel:
@@ -116,7 +139,8 @@ def load_with_contribution(anchor: Path, directory: Path) -> LanguageModel:
     _, params = checkpoint.load(anchor, "anchor")
     manifest, part = contribution.load(directory, base)
     part = contribution.expanded(part, manifest.experts[0], params["experts"][PUBLIC])
-    return LanguageModel(base.model, (*base.names, *manifest.names), join(params, part), 2)
+    tokenizer = SavedVocabulary(base.tokenizer, anchor / companions.DIRECTORY)
+    return LanguageModel(base.model, (*base.names, *manifest.names), join(params, part), 2, tokenizer)
 
 
 @functools.cache
@@ -130,8 +154,8 @@ def _logits(build, top_k, params, ids, permitted):
     return build(params)(ids, permitted=permitted, top_k=top_k)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(build, top_k, max_new_tokens, params, ids, lengths, permitted):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(build, top_k, max_new_tokens, eos_id, params, ids, lengths, permitted):
     model = build(params)
     rows = jnp.arange(ids.shape[0])
     choice = {"permitted": permitted, "top_k": top_k}
@@ -144,7 +168,7 @@ def _generate(build, top_k, max_new_tokens, params, ids, lengths, permitted):
         token, cache = carry
         hidden, cache = model.decode(token[:, None], (lengths + step)[:, None], cache, **choice)
         following = jnp.argmax(model.unembed(hidden[:, 0]), axis=-1)
-        return (jnp.where(token == EOS_ID, EOS_ID, following), cache), token
+        return (jnp.where(token == eos_id, eos_id, following), cache), token
 
     _, tokens = jax.lax.scan(advance, (token, cache), jnp.arange(max_new_tokens))
     return tokens.T

@@ -17,6 +17,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.merge.inputs import Inputs, open_contributions, open_model
 from flexolmo_jax.model.config import PUBLIC
 from flexolmo_jax.model.partition import LeafPath
+from flexolmo_jax.store import companions
 from flexolmo_jax.store.assembly import Computed, Copied, Source, assemble
 from flexolmo_jax.store.checkpoint import anchor_fingerprint
 from flexolmo_jax.store.layout import LeafLayout
@@ -212,4 +213,12 @@ def _assemble(
             format_version=Manifest.format_version,
         )
 
-    return assemble(out, sources, manifest, overwrite=overwrite, memory_budget=memory_budget, writers=writers)
+    return assemble(
+        out,
+        sources,
+        manifest,
+        carried=base.directory / companions.DIRECTORY,
+        overwrite=overwrite,
+        memory_budget=memory_budget,
+        writers=writers,
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.merge.inputs import Inputs, open_contributions, open_model
+from flexolmo_jax.store import companions
 from flexolmo_jax.store.assembly import Linked, LinkedUnread, assemble
 from flexolmo_jax.store.manifest import ExpertRecord, Manifest
 
@@ -137,4 +138,4 @@ def _concatenate(base: Inputs, parts: Sequence, out: Path, *, top_k: int | None,
             format_version=Manifest.format_version,
         )
 
-    return assemble(out, sources, manifest, **options)
+    return assemble(out, sources, manifest, carried=base.directory / companions.DIRECTORY, **options)

@@ -28,8 +28,9 @@ class ExpertPart:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A model: its manifest, its leaves on disk, and how each gets into the output."""
+    """A model: where it is, its manifest, its leaves on disk, and how each gets into the output."""
 
+    directory: Path
     manifest: Manifest
     leaves: Mapping[LeafPath, StoredLeaf]
     sources: Mapping[LeafPath, Source]
@@ -68,7 +69,7 @@ def open_model(
     check_files(directory, manifest)
     leaves = stored_leaves(directory, manifest)
     copied = copied or (Copied if verify else CopiedUnread)
-    return Inputs(manifest, leaves, {path: copied(leaf) for path, leaf in leaves.items()})
+    return Inputs(directory, manifest, leaves, {path: copied(leaf) for path, leaf in leaves.items()})
 
 
 def open_contributions(

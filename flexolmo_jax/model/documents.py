@@ -26,8 +26,8 @@ from flexolmo_jax.parallel.layouts import BATCH_AXES
 
 Attend = Callable[..., Float[Array, "B S H C"]]
 
-QUERIES_AT_ONCE = 512
-"""Longer rows are attended in blocks of so many queries, so that no block meets keys that come after all of it."""
+SPLASH_BLOCK = 512
+"""Queries, and keys, that `splash` works on at once."""
 
 LANES = 128
 """Of a TPU: positions and the width of a head come in multiples of it in `splash`."""
@@ -47,7 +47,7 @@ def attend_documents(
     return best_way(q.shape, q.dtype)(q, k, v, segments)
 
 
-def best_way(shape: tuple[int, int, int, int], dtype: DTypeLike) -> Attend:
+def best_way(shape: tuple[int, ...], dtype: DTypeLike) -> Attend:
     """`splash` or `fused` where it runs and takes such queries, `blocks` elsewhere; `shape` is [B, S, H, C]."""
     rows, length, _, width = shape
     axes = mesh_axes()
@@ -67,10 +67,9 @@ def splash(q, k, v, segments, *, interpret: bool = False) -> Float[Array, "B S H
 
     def of_device(q, k, v, segments):
         heads, length = q.shape[2], q.shape[1]
-        block = math.gcd(length, QUERIES_AT_ONCE)
         attend = kernel.make_splash_mha(
             masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-            block_sizes=kernel.BlockSizes(**dict.fromkeys(_SIZES, block)),
+            block_sizes=_blocks_of(math.gcd(length, SPLASH_BLOCK)),
             head_shards=1,
             q_seq_shards=1,
             interpret=interpret,
@@ -86,16 +85,18 @@ def splash(q, k, v, segments, *, interpret: bool = False) -> Float[Array, "B S H
     return of_device(scaled, k, v, segments)
 
 
-_SIZES = (
-    "block_q",
-    "block_kv",
-    "block_kv_compute",
-    "block_q_dkv",
-    "block_kv_dkv",
-    "block_kv_dkv_compute",
-    "block_q_dq",
-    "block_kv_dq",
-)
+def _blocks_of(size: int) -> kernel.BlockSizes:
+    """The same size for every block of the forward and both backward kernels."""
+    return kernel.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
 
 
 def fused(q, k, v, segments) -> Float[Array, "B S H C"]:
@@ -108,17 +109,32 @@ def blocks(q, k, v, segments) -> Float[Array, "B S H C"]:
 
     With `n` blocks that takes `(n + 1) / 2n` of the products that all pairs of positions would.
     """
-    length = segments.shape[1]
-    block = length if length % QUERIES_AT_ONCE else QUERIES_AT_ONCE
-    return jnp.concatenate(
-        [
-            jax.nn.dot_product_attention(
-                q[:, end - block : end], k[:, :end], v[:, :end], mask=document_mask(segments[:, :end], end - block)
-            )
-            for end in range(block, length + 1, block)
-        ],
-        axis=1,
-    )
+    rows, length, heads, width = q.shape
+    block = queries_at_once(length)
+    # Heads outermost: on CPU, products of matrices that lie apart take twice as long.
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * width**-0.5, k, v))
+    q = q.reshape(rows, k.shape[1], -1, length, width)
+    mixed = []
+    for begin in range(0, length, block):
+        end = begin + block
+        mask = document_mask(segments[:, :end], begin)
+        mixed.append(_block(q[:, :, :, begin:end], k[:, :, :end], v[:, :, :end], mask))
+    return jnp.swapaxes(jnp.concatenate(mixed, axis=3).reshape(rows, heads, length, width), 1, 2)
+
+
+def _block(q: Float[Array, "B G R Q C"], k, v, mask: Bool[Array, "B 1 Q T"]) -> Float[Array, "B G R Q C"]:
+    """Attention of `R` query heads to each key/value head; the softmax is in float32, its sum divides at the end."""
+    scores = jnp.einsum("bgrqc,bgtc->bgrqt", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bgrqt,bgtc->bgrqc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def queries_at_once(length: int) -> int:
+    """Queries in a block of `blocks`: an eighth of a row, so that no program has many blocks, but 128 at least."""
+    block = max(LANES, length // 8)
+    return length if length % block else block
 
 
 def document_mask(segments: Int[Array, "B T"], begin: int) -> Bool[Array, "B 1 Q T"]:

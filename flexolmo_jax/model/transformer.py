@@ -104,7 +104,11 @@ Mix = Callable[[Float[Array, "B S D"], Routing, Layers], tuple[Float[Array, "B S
 
 
 class Transformer(nnx.Module):
-    """An anchor with its public expert and any number of further experts, known by name."""
+    """An anchor with its public expert and any number of further experts, known by name.
+
+    Blocks run in a loop, whose rounds are all alike. With `first_block_apart` the first one runs before it: where
+    nothing below its experts is trained, its attention has no backward pass then.
+    """
 
     def __init__(
         self,
@@ -114,6 +118,7 @@ class Transformer(nnx.Module):
         compute_dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         implementation: str | None = None,
+        first_block_apart: bool = False,
         scales: InitialScales | None = None,
         rngs: nnx.Rngs,
     ):
@@ -132,6 +137,7 @@ class Transformer(nnx.Module):
         self.compute_dtype = compute_dtype
         self.remat = remat
         self.implementation = implementation
+        self.first_block_apart = first_block_apart
         self.anchor = Anchor(config, initialise, scales)
         self.experts = nnx.Dict({name: Expert(config, initialise) for name in experts})
         self.router = nnx.Dict({name: RouterRow(config, has_bias=name != PUBLIC) for name in experts})
@@ -181,7 +187,7 @@ class Transformer(nnx.Module):
 
         if REMAT_POLICIES[self.remat] is not None:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self.remat])
-        x, left_behind = jax.lax.scan(block, self._embed(tokens), self._layers())
+        x, left_behind = self._through_blocks(block, self._embed(tokens))
         return Trace(self._norm(x, self.anchor.final_norm[...]), *left_behind)
 
     def decode(
@@ -230,6 +236,15 @@ class Transformer(nnx.Module):
         return Layers(
             anchor.attention, anchor.attention_norm[...], anchor.ffn_norm[...], dict(self.experts), dict(self.router)
         )
+
+    def _through_blocks(self, block, x):
+        """Like `jax.lax.scan` of a block over the layers."""
+        layers = self._layers()
+        if not self.first_block_apart:
+            return jax.lax.scan(block, x, layers)
+        x, first = block(x, jax.tree.map(lambda stacked: stacked[0], layers))
+        x, others = jax.lax.scan(block, x, jax.tree.map(lambda stacked: stacked[1:], layers))
+        return x, jax.tree.map(lambda one, rest: jnp.concatenate([one[None], rest]), first, others)
 
     def _embed(self, tokens):
         return keep_rows(jnp.take(self.anchor.embed[...].astype(self.compute_dtype), tokens, axis=0))

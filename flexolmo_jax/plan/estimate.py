@@ -5,7 +5,7 @@ Axis legend: `L` layers, `D` width, `F` hidden, `V` vocabulary, `H` heads, `K` c
 
 import math
 
-from flexolmo_jax.model.attention import QUERIES_AT_ONCE
+from flexolmo_jax.model.documents import queries_at_once
 from flexolmo_jax.model.partition import flatten
 from flexolmo_jax.parallel import Layout
 from flexolmo_jax.parallel.layouts import BATCH_AXES
@@ -34,7 +34,7 @@ def memory(job: Job, layout: Layout, available: int) -> Memory:
     batch = (5 if trains else 1) * FLOAT32 * tokens * run.accumulation
     arguments = trained * 3 + frozen + batch
     products = 2 * model.width + 2 * model.kv_width + job.top_k * (2 * model.hidden + model.width)
-    block = min(QUERIES_AT_ONCE, run.sequence_length)
+    block = queries_at_once(run.sequence_length)
     attention = rows * model.heads * block * run.sequence_length * (FLOAT32 + width)
     work = tokens * (products + 4 * model.width) * FLOAT32 + attention
     kept = {

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flexolmo_jax.data.packing import Rows
 from flexolmo_jax.data.reading import Batch
+from flexolmo_jax.data.vocabulary import EOS_ID
 from flexolmo_jax.errors import UserError, did_you_mean
 from flexolmo_jax.infer import language_model
 from flexolmo_jax.model import PUBLIC, ModelConfig, abstract_params, builder
@@ -134,7 +135,7 @@ class Job:
         if self.kind == "forward":
             return Program(language_model._logits, (build, self.top_k, params, ids, permitted))
         lengths = self._per_row(layout)
-        static = (build, self.top_k, self.new_tokens)
+        static = (build, self.top_k, self.new_tokens, EOS_ID)
         return Program(language_model._generate, (*static, params, ids, lengths, permitted))
 
     def _ids(self, layout: Layout, dtype) -> jax.ShapeDtypeStruct:

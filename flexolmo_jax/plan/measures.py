@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from flexolmo_jax.plan.hlo import Computation, Instruction, Module, Run
+from flexolmo_jax.plan.kernels import splash_flops
 
 COLLECTIVES = (
     "all-gather",
@@ -35,6 +36,9 @@ def flops(module: Module) -> Flops:
     needed = recomputed = 0
     for run in module.runs():
         count = run.times * _flops(run.instruction, run.computation)
+        if splash := splash_flops(run.instruction, run.computation):
+            count, again = (run.times * each for each in splash)
+            recomputed += again
         if "rematted_computation" in run.instruction.op_name or ".remat" in run.instruction.name:
             recomputed += count
         else:

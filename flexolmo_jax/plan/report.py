@@ -22,6 +22,7 @@ class Plan:
       job: what runs.
       topology: on what.
       layout: the mesh, in words.
+      implementation: how the experts are computed (see docs/moe.md); empty where nothing was compiled.
       is_compiled: whether the numbers come from the compiled program, not from formulas.
       memory: HBM, in bytes.
       flops: of matrix products, without what is recomputed.
@@ -36,6 +37,7 @@ class Plan:
     job: Job
     topology: Topology
     layout: str
+    implementation: str
     is_compiled: bool
     memory: Memory
     flops: float
@@ -84,6 +86,7 @@ class Plan:
             "mesh": self.layout,
             "experts": self.job.experts,
             "top_k": self.job.top_k,
+            "implementation": self.implementation,
             "batch_size": self.job.run.batch_size,
             "sequence_length": self.job.run.sequence_length,
             "accumulation": self.job.run.accumulation,
@@ -131,6 +134,7 @@ def from_compiled(job: Job, topology: Topology, layout: Layout, compiled: Compil
         job=job,
         topology=topology,
         layout=layout.describe(),
+        implementation=job.run.implementation(job.experts, layout, job.top_k),
         is_compiled=True,
         memory=compiled.memory,
         flops=flops.needed,
@@ -151,6 +155,7 @@ def from_formulas(job: Job, topology: Topology, layout: Layout) -> Plan:
         job=job,
         topology=topology,
         layout=layout.describe(),
+        implementation="",
         is_compiled=False,
         memory=estimate.memory(job, layout, topology.chip.usable // topology.chip.devices),
         flops=least,
@@ -173,7 +178,9 @@ def show(summary: dict[str, Any]) -> None:
             "mesh": summary["mesh"],
             "batch": f"{summary['batch_size']:,} rows of {summary['sequence_length']:,} tokens, accumulation "
             f"{summary['accumulation']}, remat {summary['remat']}",
-            "experts": f"{summary['experts']}, {summary['top_k']} per token",
+            "experts": ", ".join(
+                filter(None, (str(summary["experts"]), f"{summary['top_k']} per token", summary["implementation"]))
+            ),
             "numbers": f"of one device and one step, {how}",
         },
     )

@@ -26,6 +26,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.partition import LeafPath
 from flexolmo_jax.store import arrays
 from flexolmo_jax.store.checkpoint import ARRAYS
+from flexolmo_jax.store.companions import carry
 from flexolmo_jax.store.directories import cannot_write, held, is_held, put_in_place, refuse_existing
 from flexolmo_jax.store.layout import STATE, LeafLayout
 from flexolmo_jax.store.manifest import FILE, Manifest, read
@@ -151,6 +152,7 @@ def assemble(
     sources: Mapping[LeafPath, Source],
     manifest: Callable[[dict], Manifest],
     *,
+    carried: Path | None = None,
     overwrite: bool = False,
     memory_budget: int | None = None,
     writers: int | None = None,
@@ -161,6 +163,7 @@ def assemble(
       out: directory to write.
       sources: where each of its leaves comes from.
       manifest: from the digests of the leaves to the manifest.
+      carried: directory of accompanying files that the output carries along (see `flexolmo_jax.store.companions`).
       overwrite: whether an existing `out` is replaced.
       memory_budget: bytes of memory that arrays may take, over all writers of this process; None means `MEMORY_BUDGET`.
       writers: threads of this process that write; None takes as many as there are processors.
@@ -178,7 +181,7 @@ def assemble(
     work = _work_directory(out, sources, manifest)
     with cannot_write(out):
         _sweep(out, work)
-        assembly = _Assembly(out, work, sources, manifest, overwrite)
+        assembly = _Assembly(out, work, sources, manifest, carried, overwrite)
         try:
             for part in (f"{_RESULT}/{ARRAYS}", _RECEIPTS, _LOCKS):
                 (work / part).mkdir(parents=True, exist_ok=True)
@@ -200,10 +203,11 @@ class _Assembly:
         work: Path,
         sources: Mapping[LeafPath, Source],
         manifest: Callable[[dict], Manifest],
+        carried: Path | None,
         overwrite: bool,
     ):
         self._out, self._work, self._sources = out, work, sources
-        self._manifest, self._overwrite = manifest, overwrite
+        self._manifest, self._carried, self._overwrite = manifest, carried, overwrite
         self._stop = threading.Event()
 
     @property
@@ -263,6 +267,8 @@ class _Assembly:
                 layout = source.layout
                 described[layout.name] = arrays.describe(layout.shape, layout.dtype, self._receipt(path).read_text())
             manifest = self._manifest(described)
+            if self._carried:
+                carry(self._carried, self._work / _RESULT)
             manifest.write(self._work / _RESULT)
             if self._out.exists() and not self._overwrite:  # Another process was done before this one began to write.
                 manifest = self.finished_by_another()

@@ -12,6 +12,7 @@ from flexolmo_jax.model.config import PUBLIC, ModelConfig
 from flexolmo_jax.model.partition import LeafPath, Predicate, belongs_to_anchor, flatten, split
 from flexolmo_jax.model.transformer import abstract_params
 from flexolmo_jax.store import arrays
+from flexolmo_jax.store.companions import carry
 from flexolmo_jax.store.difference import differences, in_one_sentence
 from flexolmo_jax.store.directories import complete_directory
 from flexolmo_jax.store.layout import LeafLayout
@@ -21,10 +22,22 @@ from flexolmo_jax.store.manifest import Manifest, read
 ARRAYS = "arrays"
 
 
-def write(out: Path, params: Mapping[str, Any], manifest: Manifest, *, overwrite: bool = False) -> None:
-    """Writes an artefact so that its directory appears complete or not at all."""
+def write(
+    out: Path, params: Mapping[str, Any], manifest: Manifest, *, carried: Path | None = None, overwrite: bool = False
+) -> None:
+    """Writes an artefact so that its directory appears complete or not at all.
+
+    Args:
+      out: directory to write.
+      params: its arrays.
+      manifest: of it.
+      carried: directory of accompanying files to carry along (see `flexolmo_jax.store.companions`).
+      overwrite: whether an existing `out` is replaced.
+    """
     with complete_directory(out, overwrite=overwrite) as partial:
         arrays.save(partial / ARRAYS, params)
+        if carried:
+            carry(carried, partial)
         manifest.write(partial)
 
 

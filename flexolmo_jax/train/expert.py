@@ -12,10 +12,11 @@ from flexolmo_jax.data.decoys import Decoys
 from flexolmo_jax.data.packing import RowSource
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.reading import batches
+from flexolmo_jax.data.vocabularies import SavedVocabulary
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import PUBLIC, ModelConfig, abstract_params, builder
 from flexolmo_jax.parallel import MeshConfig
-from flexolmo_jax.store import checkpoint, contribution, manifest
+from flexolmo_jax.store import checkpoint, companions, contribution, manifest
 from flexolmo_jax.store.manifest import ExpertRecord
 from flexolmo_jax.train.calibrate import Calibration, calibrate_bias
 from flexolmo_jax.train.expert_objective import DECOY, FOREIGN, OWN, ExpertTraining, RestraintConfig
@@ -115,7 +116,9 @@ def train_expert(
             return result
         layout = mesh.build()
         layout.check_batch(run.batch_size // run.accumulation)
-        own, public = prepare(text, job.prepared / "own"), prepare(public_text, job.prepared / "public")
+        vocabulary = SavedVocabulary(base.tokenizer, anchor / companions.DIRECTORY)
+        own = prepare(text, job.prepared / "own", vocabulary)
+        public = prepare(public_text, job.prepared / "public", vocabulary)
         for part in (own, public):
             check_vocabulary(part, base.model, base.tokenizer)
         own_rows, public_rows = (run.rows(part, "train") for part in (own, public))
@@ -151,7 +154,7 @@ def train_expert(
         start = router_start.begin(base.model, build_anchor, frozen, own_rows, public_rows, run.seed)
         trainable = layout.place(_new_expert(loaded, expert.name, start))
         transformation = optimizer.build(run.steps)
-        job.begin()
+        job.begin({"own": own, "public": public})
         state = train(
             expert_step(base.model, expert.name, run, objective, restraint, transformation),
             TrainState(trainable, layout.create(transformation.init, trainable)),
@@ -189,7 +192,7 @@ def expert_step(
     """The step of this job; the anchor is frozen."""
     task = ExpertTraining(name, objective, restraint)
     return make_step(
-        builder(model, (PUBLIC, name), **run.model_options),
+        builder(model, (PUBLIC, name), first_block_apart=True, **run.model_options),
         task.weigh,
         task.loss,
         transformation,

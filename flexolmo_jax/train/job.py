@@ -3,24 +3,27 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.data.tokens import fingerprint
 from flexolmo_jax.errors import UserError
 
 _SETTINGS = "job.json"
 _PREPARED = "prepared"
+_TEXTS = "texts"
 
 
 class Job:
-    """One job in one directory, identified by its settings.
+    """One job in one directory, identified by its settings and by the texts that it reads.
 
     A directory that holds another job is refused, because going on from its checkpoints would silently mix the two.
     Until `begin` nothing of an older job is touched, and what a job that never began has left there vanishes:
 
         with Job(out, settings, overwrite=False) as job:
             …  # check and prepare what the job needs
-            job.begin()
+            job.begin({"own": prepared})
             …  # train
     """
 
@@ -63,11 +66,22 @@ class Job:
         """Whether the job's result is there; it appears complete or not at all."""
         return not self._overwrite and (self.out / result).exists()
 
-    def begin(self) -> None:
-        """Removes the job that is to be overwritten, if any, and claims the directory."""
+    def begin(self, texts: Mapping[str, Path]) -> None:
+        """Removes the job that is to be overwritten, if any, and claims the directory.
+
+        Args:
+          texts: the prepared texts that it reads, by what they are to it.
+
+        Raises:
+          UserError: the job that was begun here reads a text that has changed since.
+        """
+        fingerprints = {name: fingerprint(prepared) for name, prepared in sorted(texts.items())}
         if self._overwrite:
             _clear(self.out, keep=_PREPARED)
-        (self.out / _SETTINGS).write_text(json.dumps(self._settings, indent=1, sort_keys=True))
+        elif (self.out / _SETTINGS).exists():
+            self._refuse_other_texts(fingerprints)
+        content = self._settings | {_TEXTS: fingerprints}
+        (self.out / _SETTINGS).write_text(json.dumps(content, indent=1, sort_keys=True))
         self._begun = True
 
     def _refuse_what_is_no_job(self) -> None:
@@ -77,6 +91,7 @@ class Job:
 
     def _refuse_other(self) -> None:
         found = json.loads((self.out / _SETTINGS).read_text())
+        found.pop(_TEXTS, None)
         for key in sorted(self._settings.keys() | found.keys()):
             was, now = found.get(key), self._settings.get(key)
             if was == now:
@@ -86,6 +101,14 @@ class Job:
                 key, was, now = f"{key}.{inner}", was.get(inner), now.get(inner)
             raise UserError(
                 f"{self.out} holds another job ({key} was {was!r} and is now {now!r}): "
+                "give another --out, or --overwrite"
+            )
+
+    def _refuse_other_texts(self, fingerprints: dict[str, str]) -> None:
+        found = json.loads((self.out / _SETTINGS).read_text()).get(_TEXTS, fingerprints)
+        if changed := [name for name in fingerprints if found.get(name) != fingerprints[name]]:
+            raise UserError(
+                f"{self.out} holds a job whose {changed[0]} text has changed since it began: "
                 "give another --out, or --overwrite"
             )
 

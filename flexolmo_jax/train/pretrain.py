@@ -6,7 +6,7 @@ import jax
 import optax
 
 from flexolmo_jax import terminal
-from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.prepare import prepare, vocabulary_of
 from flexolmo_jax.data.reading import batches
 from flexolmo_jax.model import PUBLIC, InitialScales, ModelConfig, abstract_params, builder, initialise
 from flexolmo_jax.model.bias_channel import pin
@@ -64,7 +64,7 @@ def pretrain(
             layout = mesh.build()
             layout.check_batch(run.batch_size // run.accumulation)
             prepared = prepare(text, job.prepared)
-            tokenizer = check_vocabulary(prepared, model)
+            tokenizer, vocabulary = check_vocabulary(prepared, model), vocabulary_of(prepared)
             rows = run.rows(prepared, "train")
             terminal.banner(
                 "pretrain",
@@ -80,7 +80,7 @@ def pretrain(
             layout.check(abstract_params(model, (PUBLIC,)))
             params = layout.create(lambda: _constraint(model)(initialise(model, seed=run.seed, scales=scales)))
             transformation = optimizer.build(run.steps)
-            job.begin()
+            job.begin({"public": prepared})
             state = train(
                 pretrain_step(model, run, objective, transformation),
                 TrainState(params, layout.create(transformation.init, params)),
@@ -102,7 +102,7 @@ def pretrain(
                 gin=gin,
                 implementation=run.implementation(1, layout),
             )
-            checkpoint.write(out / "anchor", jax.device_get(state.params), manifest)
+            checkpoint.write(out / "anchor", jax.device_get(state.params), manifest, carried=vocabulary.directory)
     manifest = read(out / "anchor", "anchor")
     return {"anchor": out / "anchor", "fingerprint": manifest.anchor, "tokens": tokens_seen}
 

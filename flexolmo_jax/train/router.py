@@ -14,11 +14,12 @@ import optax
 from flexolmo_jax import terminal
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.reading import batches
+from flexolmo_jax.data.vocabularies import SavedVocabulary
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import PUBLIC, ModelConfig, abstract_params, builder
 from flexolmo_jax.model.partition import belongs_to_router, join, split
 from flexolmo_jax.parallel import MeshConfig
-from flexolmo_jax.store import arrays, checkpoint, manifest
+from flexolmo_jax.store import arrays, checkpoint, companions, manifest
 from flexolmo_jax.train.frozen import in_compute_dtype
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import train
@@ -78,7 +79,8 @@ def tune_router(
         layout = mesh.build()
         layout.check_batch(run.batch_size // run.accumulation)
         corpora = {PUBLIC: public_text} | dict(proxies)
-        prepared = {name: prepare(corpus, job.prepared / name) for name, corpus in corpora.items()}
+        vocabulary = SavedVocabulary(base.tokenizer, merged / companions.DIRECTORY)
+        prepared = {name: prepare(corpus, job.prepared / name, vocabulary) for name, corpus in corpora.items()}
         for corpus in prepared.values():
             check_vocabulary(corpus, base.model, base.tokenizer)
         rows = [run.rows(corpus, "train") for corpus in prepared.values()]
@@ -99,7 +101,7 @@ def tune_router(
         trainable = layout.place(rows_and_biases)
         frozen = layout.place(in_compute_dtype(rest, DTYPES[run.compute_dtype]))
         transformation = optimizer.build(run.steps)
-        job.begin()
+        job.begin(prepared)
         state = train(
             router_step(base.model, base.names, run, objective, transformation),
             TrainState(trainable, layout.create(transformation.init, trainable)),
@@ -117,7 +119,7 @@ def tune_router(
             gin=gin,
             implementation=run.implementation(len(base.names), layout),
         )
-        checkpoint.write(out / "merged", join(rest, tuned), derived)
+        checkpoint.write(out / "merged", join(rest, tuned), derived, carried=merged / companions.DIRECTORY)
         return result
 
 
@@ -131,5 +133,9 @@ def router_step(
     """The step of this job; all but the router is frozen, and every token goes to every expert."""
     task = LanguageModelling(objective)
     return make_step(
-        builder(model, names, **run.model_options), task.weigh, task.loss, transformation, accumulation=run.accumulation
+        builder(model, names, first_block_apart=True, **run.model_options),
+        task.weigh,
+        task.loss,
+        transformation,
+        accumulation=run.accumulation,
     )

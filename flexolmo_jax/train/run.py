@@ -71,11 +71,13 @@ class RunConfig:
         """
         return open_rows(prepared, split, lambda documents: PACKINGS[self.packing](documents, self.sequence_length))
 
-    def implementation(self, experts: int, layout: Layout) -> str:
-        """The implementation of `mix_experts` that a step runs, every token choosing all of so many experts."""
+    def implementation(self, experts: int, layout: Layout, top_k: int | None = None) -> str:
+        """The implementation of `mix_experts` that a step runs; `top_k` is all of the experts where it is not given."""
         tokens = self.batch_size // self.accumulation * self.sequence_length
         with layout.active():
-            return choose_implementation(tokens=tokens, top_k=experts, experts=experts, axes=dict(layout.mesh.shape))
+            return choose_implementation(
+                tokens=tokens, top_k=top_k or experts, experts=experts, axes=dict(layout.mesh.shape)
+            )
 
     @property
     def model_options(self) -> dict:

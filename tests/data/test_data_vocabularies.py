@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flexolmo_jax.data.vocabularies import id_type, open_vocabulary
+from flexolmo_jax.data.vocabularies import SavedVocabulary, id_type, open_vocabulary
 from flexolmo_jax.data.vocabulary import EOS_ID, decode, encode
 from flexolmo_jax.errors import UserError
 
@@ -66,6 +66,36 @@ def test_ids_of_a_sentencepiece_model_are_the_librarys(sentencepiece_model):
     assert [ids.tolist() for ids in vocabulary.encode(TEXTS)] == [library.encode(text) for text in TEXTS]
     assert vocabulary.eos_id == library.eos_id() and vocabulary.size == 90
     assert vocabulary.decode([*vocabulary.encode([TEXTS[0]])[0], vocabulary.eos_id, 7]) == TEXTS[0]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_the_bytes_of_a_texts_ids_are_its_own(tokenizer_json, text):
+    for name in ("bytes", str(tokenizer_json)):
+        vocabulary = open_vocabulary(name)
+        (ids,) = vocabulary.encode([text])
+        assert vocabulary.text_bytes()[ids].sum() == len(text.encode())
+        assert len(vocabulary.text_bytes()) == vocabulary.size
+        assert vocabulary.text_bytes()[[vocabulary.eos_id, vocabulary.pad_id]].sum() == 0
+
+
+def test_the_bytes_of_sentencepieces_are_those_of_the_text_and_a_space_before_it(sentencepiece_model):
+    vocabulary = open_vocabulary(str(sentencepiece_model))
+    for text in ("the cat sat on mat", "number 77"):
+        (ids,) = vocabulary.encode([text])
+        assert vocabulary.text_bytes()[ids].sum() == 1 + len(text)
+    assert vocabulary.text_bytes()[vocabulary.eos_id] == 0
+
+
+def test_what_is_carried_along_is_the_same_vocabulary(tokenizer_json, sentencepiece_model, tmp_path):
+    for name in (str(tokenizer_json), str(sentencepiece_model)):
+        vocabulary = open_vocabulary(name)
+        directory = tmp_path / vocabulary.fingerprint[:5]
+        vocabulary.save(directory)
+        saved = SavedVocabulary(vocabulary.fingerprint, directory)
+        assert saved.open().fingerprint == vocabulary.fingerprint and saved.open().eos_id == vocabulary.eos_id
+        with pytest.raises(UserError, match="does not hold the tokenizer other"):
+            SavedVocabulary("other", directory).open()
+    assert SavedVocabulary().open().fingerprint == "bytes"
 
 
 def test_a_fingerprint_tells_the_rules_and_not_the_file(tokenizer_json, tmp_path):

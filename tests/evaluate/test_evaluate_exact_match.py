@@ -8,6 +8,7 @@ from small_models import write_corpus
 from flexolmo_jax.data.builtin import remainder
 from flexolmo_jax.data.documents import split_texts
 from flexolmo_jax.data.splits import split_of
+from flexolmo_jax.data.vocabularies import open_vocabulary
 from flexolmo_jax.data.vocabulary import EOS_ID, decode, encode
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate.exact_match import BATCH_SIZE, MATH, UNICODE, Question, answers, questions, score
@@ -20,6 +21,7 @@ class Parrot:
     """Stands for a language model: writes a known text after each prompt, and nothing it was not told."""
 
     names = ("public",)
+    vocabulary = open_vocabulary("bytes")
 
     def __init__(self, *continuations: str):
         self._continuations = dict(enumerate(continuations))

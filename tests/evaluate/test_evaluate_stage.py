@@ -7,6 +7,7 @@ from small_models import BATCH, CONFIG, NAMES, ROW, TEXTS, documents, fresh_para
 
 from flexolmo_jax.data.builtin import remainder
 from flexolmo_jax.data.documents import read_documents
+from flexolmo_jax.data.vocabularies import SavedVocabulary
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate import bits_per_byte, report, stage
 from flexolmo_jax.model.partition import belongs_to_anchor, select
@@ -38,11 +39,12 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def run(saved, tmp_path, monkeypatch):
-    def prepare(corpus, out):
+    def prepare(corpus, out, tokenizer):
         out.mkdir(parents=True)
         return corpus
 
     monkeypatch.setattr(stage, "prepare", prepare)
+    monkeypatch.setattr(stage, "vocabulary_of", lambda corpus: SavedVocabulary())
     monkeypatch.setattr(
         stage, "open_split", lambda corpus, split: documents(*read_documents([corpus / f"{split}.jsonl"]))
     )

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from flexolmo_jax import cli
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.hf import export_hf, import_hf, read_hf, safetensors_file
+from flexolmo_jax.merge import merge
 from flexolmo_jax.stages import number_of_bytes
 from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.manifest import ExpertRecord, read
@@ -215,6 +216,18 @@ def test_a_model_that_does_not_carry_its_tokenizer_needs_it_named(with_tokenizer
     (done.anchor / "huggingface" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="is not the tokenizer that"):
         export_hf(done.anchor, tmp_path / "again")
+
+
+def test_what_is_merged_from_an_imported_anchor_carries_its_tokenizer(with_tokenizer, tmp_path):
+    done = import_hf(with_tokenizer, tmp_path / "ours")
+    parts = list(done.contributions.values())
+    merge(done.anchor, parts, tmp_path / "merged")
+    export_hf(tmp_path / "merged", tmp_path / "back")
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (with_tokenizer / "tokenizer.json").read_bytes()
+    (done.anchor / "huggingface" / "vocab.json").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match="which is a link"):
+        merge(done.anchor, parts, tmp_path / "again")
+    assert not list(tmp_path.glob("*again*"))
 
 
 def test_a_model_without_a_known_tokenizer_is_exported_without_one(config, tmp_path):

@@ -50,13 +50,13 @@ def test_blocks_are_softmax_attention(seed, rows, length, kv_heads, group):
 
 
 def test_rows_of_several_blocks_are_the_same(monkeypatch):
-    monkeypatch.setattr(documents, "QUERIES_AT_ONCE", 4)
-    (q, k, v), segments, _ = draw(0, 2, 12, 2, 2, 8)
+    monkeypatch.setattr(documents, "LANES", 4)
+    (q, k, v), segments, _ = draw(0, 2, 12, 4, 2, 8)
     np.testing.assert_allclose(documents.blocks(q, k, v, segments), reference(q, k, v, segments), atol=2e-5)
 
 
 def test_splash_is_softmax_attention_with_its_gradients(monkeypatch):
-    monkeypatch.setattr(documents, "QUERIES_AT_ONCE", 128)
+    monkeypatch.setattr(documents, "SPLASH_BLOCK", 128)
     (q, k, v), segments, cotangent = draw(1, 2, 256, 4, 2, 128)
     np.testing.assert_allclose(splash(q, k, v, segments), reference(q, k, v, segments), atol=2e-5)
 

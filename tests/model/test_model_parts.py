@@ -1,5 +1,7 @@
 """Packed documents, the bias channel, the shape's checks, parameter counts and the predicate over paths."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,23 @@ def test_rematerialisation_changes_no_gradient(remat):
 
     for ours, plain in zip(jax.tree.leaves(gradient(remat=remat)), jax.tree.leaves(gradient()), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_first_block_apart_changes_nothing_but_the_program(remat):
+    params = initialise(CONFIG, (PUBLIC, "math"), seed=0)
+    tokens = jnp.arange(12).reshape(2, 6)
+
+    def traced(params, **options):
+        model = builder(CONFIG, (PUBLIC, "math"), remat=remat, **options)(params)
+        positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
+        trace = model.trace(tokens, positions, jnp.zeros_like(tokens))
+        return jnp.sum(jnp.square(model.unembed(trace.hidden))), trace
+
+    apart = functools.partial(traced, first_block_apart=True)
+    ours, plain = (jax.value_and_grad(each, has_aux=True)(params) for each in (apart, traced))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_keeps_router_and_logits_in_float32():

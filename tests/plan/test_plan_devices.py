@@ -19,9 +19,10 @@ def on_eight_devices(*names: str) -> dict:
 
 
 def expert_step_by_hand() -> int:
-    """FLOPs of a device: every product of every block forward and back, and weights of the new expert and row.
+    """FLOPs of a device: every product forward, back but for what the first block does not need, and new weights.
 
-    A scan cannot leave out what the first block alone does not need, nor attention without its kernel what is masked.
+    Attention without a kernel of its own does not leave out what is masked. Of the first block nothing goes back but
+    the gradient of the new expert's hidden units.
     """
     width, kv, hidden = MODEL.width, MODEL.kv_width, MODEL.hidden
     projections = 2 * width * (2 * width + 2 * kv)
@@ -30,16 +31,9 @@ def expert_step_by_hand() -> int:
     experts = 2 * 3 * 2 * width * hidden
     head = 2 * width * MODEL.vocab_size
     forward = MODEL.layers * (projections + attention + router + experts) + head
-    back = MODEL.layers * (projections + 2 * attention + router + experts) + head
+    back = (MODEL.layers - 1) * (projections + 2 * attention + router + experts) + 2 * width * hidden + head
     weights = MODEL.layers * (experts // 2 + router // 2)
     return ROWS * LENGTH // 8 * (forward + back + weights)
-
-
-def gathered_for_the_first_block_by_hand() -> float:
-    """Bytes of float32 matrices that the scan's backward pass gathers for all blocks, and the first does not need."""
-    width, kv, hidden = MODEL.width, MODEL.kv_width, MODEL.hidden
-    attention, public_expert = 2 * width * (width + kv), 3 * width * hidden
-    return 4 * (attention + public_expert) * 7 / 8
 
 
 def test_collectives_and_an_expert_job_on_eight_devices():
@@ -55,10 +49,9 @@ def test_collectives_and_an_expert_job_on_eight_devices():
     assert found["collectives"] == {kind: {kind: LOOPS * received} for kind, received in by_hand.items()}
 
     job = found["train-expert:fsdp:full"]
-    assert job["flops"]["needed"] == expert_step_by_hand()
+    assert job["flops"]["needed"] == pytest.approx(expert_step_by_hand(), rel=1e-3)  # a product of the router more
     assert job["flops"]["needed"] > job["least_flops"] / 8
-    least = job["least_traffic"] + gathered_for_the_first_block_by_hand()
-    assert least <= job["traffic"] <= 1.05 * least  # and a few sums and ids of tokens
+    assert job["least_traffic"] <= job["traffic"] <= 1.05 * job["least_traffic"]  # and a few sums and ids of tokens
     assert 0 <= job["arguments"] - job["estimated_arguments"] <= 16  # step counters, and whose text a row is
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax import confine
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.infer import load_with_contribution
 from flexolmo_jax.merge import merge
@@ -21,6 +23,7 @@ from flexolmo_jax.store.manifest import read
 from flexolmo_jax.train.calibrate import Calibration
 from flexolmo_jax.train.expert import ExpertConfig, train_expert
 from flexolmo_jax.train.expert_objective import RestraintConfig
+from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import Interrupted
 from flexolmo_jax.train.objective import ObjectiveConfig
 from flexolmo_jax.train.optimizer import OptimizerConfig
@@ -164,6 +167,22 @@ def test_a_finished_job_is_not_done_again_and_another_is_refused(place, tmp_path
         expert(place, tmp_path / "math", router_start=RouterStart(bias=-2.0))
     expert(place, tmp_path / "math", router_start=RouterStart(bias=-2.0), overwrite=True)
     assert (tmp_path / "math/contribution/manifest.json").stat().st_mtime_ns != before
+
+
+def test_a_job_whose_text_has_changed_since_it_began_is_refused(tmp_path):
+    def begin(texts, **options):
+        shutil.rmtree(tmp_path / "math", ignore_errors=True)
+        write_corpus(tmp_path / "math", texts)
+        prepared = prepare(tmp_path / "math", tmp_path / "prepared")
+        with Job(tmp_path / "out", {"job": "some"}, **options) as job:
+            job.begin({"own": prepared})
+
+    begin(SUMS, overwrite=False)
+    begin(SUMS, overwrite=False)
+    with pytest.raises(UserError, match="whose own text has changed"):
+        begin(SUMS[1:], overwrite=False)
+    begin(SUMS[1:], overwrite=True)
+    begin(SUMS[1:], overwrite=False)
 
 
 def test_bad_input_is_refused_and_leaves_no_result(place, tmp_path):
