@@ -1,6 +1,6 @@
 """How fast text is prepared, beside the `tokenizers` library alone on the same cores, and whether the ids agree.
 
-    python benchmarks/prepare.py --corpus DIR --tokenizer tokenizer.json [--documents 10000] [--json FILE]
+    python benchmarks/prepare.py --corpus DIR --tokenizer tokenizer.json [--documents 100000] [--json FILE]
 
 The library alone encodes texts that lie in memory, in batches, with as many threads as there are cores. `prepare` reads
 the files, encodes and writes shards, with as many processes. They take turns; figures are medians. Then every prepared
@@ -75,11 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", required=True, nargs="+", help="files or directories of text")
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.json")
-    parser.add_argument("--documents", type=int, default=10_000, help="how many documents to take")
+    parser.add_argument("--documents", type=int, default=100_000, help="most documents to take")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     every = [text for path in arguments.corpus for text in read_documents([Path(path)]) if text]
-    texts = [every[index * len(every) // arguments.documents] for index in range(min(arguments.documents, len(every)))]
+    taken = min(arguments.documents, len(every))
+    texts = [every[index * len(every) // taken] for index in range(taken)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = Tokenizer.from_file(arguments.tokenizer)
     found: dict[str, list[tuple[float, float]]] = {"tokenizers alone": [], "prepare": []}

@@ -25,11 +25,14 @@ from flexolmo_jax.data.splits import SPLITS
 from flexolmo_jax.data.text_task import task_of
 from flexolmo_jax.data.tokens import FORMAT_VERSION, MANIFEST, TOKENIZER, PreparedSplit, is_prepared, read_manifest
 from flexolmo_jax.data.vocabularies import BYTES, SavedVocabulary, Vocabulary, id_type
-from flexolmo_jax.data.workers import Workers, in_processes, in_this_process
+from flexolmo_jax.data.workers import Workers, in_processes, in_this_process, in_threads
 from flexolmo_jax.errors import UserError
 
 _SMALL_BYTES = 2**24
 """Starting processes costs more than it brings below this."""
+
+_FEW_CORES = 4
+"""Up to here one process keeps all cores busy; beyond, what Python does between calls of a tokenizer holds it up."""
 
 _TOKENIZING = 0.9
 """About this share of the time goes into tokenizing, the rest into writing shards."""
@@ -66,7 +69,7 @@ class Preparation:
         resemble another, and of twins in two splits keeps the held-out one; "none" keeps all.
       near_threshold: least share of common runs of five tokens that makes two documents near-duplicates.
       shard_tokens: tokens of a shard, about.
-      workers: processes; 0 means one for every core.
+      workers: processes; 0 means one for every core, or threads of this one where there are few cores.
     """
 
     deduplicate: Literal["exact", "near", "none"] = "exact"
@@ -362,8 +365,12 @@ def _holds(out: Path, settings: dict[str, Any], units: Sequence[Unit]) -> bool:
 
 def _local(preparation: Preparation, units: Sequence[Unit]) -> Workers:
     total = sum(source.size for unit in units if (source := unit.source()))
-    count = preparation.workers or os.cpu_count() or 1
-    return in_this_process if count == 1 or total < _SMALL_BYTES else in_processes(count)
+    cores = os.cpu_count() or 1
+    if total < _SMALL_BYTES or (preparation.workers or cores) == 1:
+        return in_this_process
+    if not preparation.workers and cores <= _FEW_CORES:
+        return in_threads(cores)
+    return in_processes(preparation.workers or cores)
 
 
 class _Advance:

@@ -1,6 +1,7 @@
 """A task: whose text, where it lies, and how it becomes token ids. What a job file says in a few lines."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,8 @@ PART_BYTES = 2**20
 """A file larger than this is read in several parts, where there are few files."""
 _MOST_PARTS = 8
 """Of one file: every part of a compressed file decompresses all of it."""
-_ENOUGH_UNITS = 64
-"""So many pieces of work keep the processes of a machine busy to the end."""
+_UNITS_PER_CORE = 2
+"""So many pieces of work for each core keep the processes of a machine busy to the end."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -102,7 +103,7 @@ class TextTask:
         """
         files = self._files()
         splits = named_splits(files)
-        wanted = min(_MOST_PARTS, -(-_ENOUGH_UNITS // len(files)))
+        wanted = min(_MOST_PARTS, -(-_UNITS_PER_CORE * (os.cpu_count() or 1) // len(files)))
         found = []
         for file in files:
             if splits and file not in splits:

@@ -1,4 +1,4 @@
-"""Who does the pieces of work: this process, several, or a Beam pipeline. Each piece leaves its result in a file."""
+"""Who does the pieces of work: one process, its threads, several processes, or a Beam pipeline; results go to files."""
 
 import concurrent.futures
 import multiprocessing
@@ -22,6 +22,19 @@ def in_this_process(function: Callable[[Any], Any], jobs: Sequence[Any], advance
         advance(1)
 
 
+def in_threads(count: int) -> Workers:
+    """Does the jobs in so many threads of this process.
+
+    Tokenizers encode outside of Python, on all cores, and all of these read one copy of the tokenizer's tables.
+    """
+
+    def work(function: Callable[[Any], Any], jobs: Sequence[Any], advance: Callable[[int], None]) -> None:
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            _wait_for(pool, function, jobs, advance)
+
+    return work
+
+
 def in_processes(count: int) -> Workers:
     """Does the jobs in so many processes on this machine; `function` and jobs must pickle."""
 
@@ -30,15 +43,24 @@ def in_processes(count: int) -> Workers:
         with concurrent.futures.ProcessPoolExecutor(
             min(count, max(1, len(jobs))), mp_context=context, initializer=_begin_process
         ) as pool:
-            try:
-                for done in concurrent.futures.as_completed([pool.submit(function, job) for job in jobs]):
-                    done.result()
-                    advance(1)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+            _wait_for(pool, function, jobs, advance)
 
     return work
+
+
+def _wait_for(
+    pool: concurrent.futures.Executor,
+    function: Callable[[Any], Any],
+    jobs: Sequence[Any],
+    advance: Callable[[int], None],
+) -> None:
+    try:
+        for done in concurrent.futures.as_completed([pool.submit(function, job) for job in jobs]):
+            done.result()
+            advance(1)
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
 
 
 def _begin_process() -> None:
