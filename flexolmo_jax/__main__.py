@@ -4,7 +4,6 @@ import sys
 
 from flexolmo_jax import cli, memory
 
-
 OF_MANY_THREADS = ("prepare",)
 """Stages that allocate in many threads, which would wait for each other at the one arena."""
 

@@ -20,7 +20,7 @@ from flexolmo_jax.store.directories import refuse_existing
 from flexolmo_jax.store.layout import LeafLayout, is_stacked
 from flexolmo_jax.store.manifest import ExpertRecord, Manifest, read
 from flexolmo_jax.store.resumable import Parts, refuse_losing, resumable_directory
-from flexolmo_jax.store.stored import StoredLeaf, stored_leaves
+from flexolmo_jax.store.stored import PIECE_BYTES, StoredLeaf, stored_leaves
 from flexolmo_jax.terminal import Progress
 
 PUBLIC_ROW: LeafPath = ("router", PUBLIC, "row")
@@ -178,7 +178,8 @@ class _Foreign:
 
     def _blocks(self) -> Iterator[np.ndarray]:
         for _, part in self.source.parts(self.path):
-            yield np.asarray(part, order="C").reshape(-1).view(np.uint8)
+            flat = np.asarray(part, order="C").reshape(-1).view(np.uint8)
+            yield from (flat[start : start + PIECE_BYTES] for start in range(0, len(flat), PIECE_BYTES))
             self.advance(part.nbytes)
 
 

@@ -2,19 +2,34 @@
 
 import numpy as np
 
-_STRIP = 128
-"""Rows that are transposed at a time. NumPy's own transposed copy runs through the whole matrix once for every column,
-at a third of the speed for a 4096 × 11008 bfloat16 matrix."""
+_STRIP = 64
+"""Rows transposed at a time. NumPy's own transposed copy runs through the whole matrix once for every column."""
+
+_WORD = np.dtype(np.uint64)
 
 _EXPONENTS = {"bfloat16": (np.uint16, 0x7FFF, 0x7F80), "float16": (np.uint16, 0x7FFF, 0x7C00)}
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous copy of the transposed matrix."""
-    plain = matrix.view(f"u{matrix.dtype.itemsize}")  # NumPy copies its own dtypes faster than those it was taught.
-    out = np.empty(plain.shape[::-1], plain.dtype)
-    for row in range(0, len(plain), _STRIP):
-        out[:, row : row + _STRIP] = plain[row : row + _STRIP].T
+    """A contiguous copy of the transposed matrix.
+
+    The values of as many rows as fill a word (four of bfloat16) that stand below each other are joined into one, and
+    the words are transposed: half the time for bfloat16.
+    """
+    plain = matrix.view(f"u{matrix.dtype.itemsize}")
+    rows, columns = plain.shape
+    per_word = _WORD.itemsize // plain.itemsize
+    if rows % per_word:  # No matrix of a model is so odd.
+        return np.ascontiguousarray(plain.T).view(matrix.dtype)
+    out = np.empty((columns, rows // per_word), _WORD)
+    words = np.empty((_STRIP // per_word, columns), _WORD)
+    values = words.view(plain.dtype).reshape(-1, columns, per_word)
+    for first in range(0, rows, _STRIP):
+        strip = plain[first : first + _STRIP]
+        height = len(strip) // per_word
+        for place in range(per_word):
+            values[:height, :, place] = strip[place::per_word]
+        out[:, first // per_word : first // per_word + height] = words[:height].T
     return out.view(matrix.dtype)
 
 

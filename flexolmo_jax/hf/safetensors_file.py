@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.store.stored import PIECE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library."""
@@ -161,9 +162,10 @@ def write(
 
         def put(data: Any) -> None:
             view = memoryview(data)
-            while view:
-                view = view[target.write(view) :]
-            running.update(data)
+            while view:  # Piece by piece, so that the digest finds in the cache what was just written.
+                written = target.write(view[:PIECE_BYTES])
+                running.update(view[:written])
+                view = view[written:]
 
         put(header_bytes(tensors))
         for (dtype, shape), content in zip(tensors.values(), contents, strict=True):
