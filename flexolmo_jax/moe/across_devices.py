@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 from flexolmo_jax.parallel.current import mesh_axes
 from flexolmo_jax.parallel.layouts import BATCH_AXES
@@ -29,12 +29,12 @@ Local = Callable[..., Any]
 """From tokens and experts that a device has to [T, D], or a pytree of such: sums over the device's hidden units."""
 
 
-def with_gathered_weights(local: Local, tokens: tuple[Float[Array, "T _"], ...], experts: Sequence) -> Any:
+def with_gathered_weights(local: Local, tokens: tuple[Shaped[Array, "T _"], ...], experts: Sequence) -> Any:
     """`local(*tokens, experts)` where every device gathers the weights, over `fsdp` and `expert`, for its tokens."""
     return _spread(lambda tokens, experts: local(*tokens, experts), ("fsdp", "expert"), tokens, experts)
 
 
-def with_gathered_tokens(local: Local, tokens: tuple[Float[Array, "T _"], ...], experts: Sequence) -> Any:
+def with_gathered_tokens(local: Local, tokens: tuple[Shaped[Array, "T _"], ...], experts: Sequence) -> Any:
     """`local(*tokens, experts)` where the devices of an `expert` axis show each other their tokens.
 
     Each evaluates its own hidden units of every expert on all of these tokens, and the sums are handed back, cut again
@@ -49,7 +49,7 @@ def with_gathered_tokens(local: Local, tokens: tuple[Float[Array, "T _"], ...], 
     return _spread(exchange, ("fsdp",), tokens, experts)
 
 
-def with_own_weights(local: Local, tokens: tuple[Float[Array, "T _"], ...], experts: Sequence) -> Any:
+def with_own_weights(local: Local, tokens: tuple[Shaped[Array, "T _"], ...], experts: Sequence) -> Any:
     """`local(*tokens, experts)` where every device has its own tokens and its own hidden units, and does the rest."""
     return _spread(lambda tokens, experts: local(*tokens, experts), ("fsdp",), tokens, experts)
 
