@@ -23,7 +23,7 @@ def transposed(matrix: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(plain.T).view(matrix.dtype)
     out = np.empty((columns, rows // per_word), _WORD)
     words = np.empty((_STRIP // per_word, columns), _WORD)
-    values = words.view(plain.dtype).reshape(-1, columns, per_word)
+    values = words.view(plain.dtype).reshape(len(words), columns, per_word)
     for first in range(0, rows, _STRIP):
         strip = plain[first : first + _STRIP]
         height = len(strip) // per_word

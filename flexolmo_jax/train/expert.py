@@ -49,8 +49,8 @@ class ExpertConfig:
     name: str
     owner: str
     licence: str
-    public_share: float = 0.3
-    decoy_share: float = 0.2
+    public_share: float = 0.25
+    decoy_share: float = 0.3
 
     def __post_init__(self):
         contribution.check_name(self.name)

@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_nothing(parts, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flexolmo_jax.store.layout.LeafLayout.write", full)
+    monkeypatch.setattr("flexolmo_jax.store.layout.LeafLayout.write_known", full)
     with pytest.raises(UserError, match="No space left on device"):
         merge(parts / "anchor", [parts / "math"], tmp_path / "merged")
     assert os.listdir(tmp_path) == []

@@ -162,7 +162,7 @@ def test_a_budget_that_is_too_small_is_refused(parts, tmp_path):
 
 
 def test_a_merge_goes_on_where_it_was_stopped(parts, tmp_path, monkeypatch):
-    whole, written = LeafLayout.write, []
+    whole, written = LeafLayout.write_known, []
 
     def stopped(self, state, blocks):
         if len(written) == 5:
@@ -170,7 +170,7 @@ def test_a_merge_goes_on_where_it_was_stopped(parts, tmp_path, monkeypatch):
         written.append(self.name)
         return whole(self, state, blocks)
 
-    monkeypatch.setattr(LeafLayout, "write", stopped)
+    monkeypatch.setattr(LeafLayout, "write_known", stopped)
     with pytest.raises(KeyboardInterrupt):
         merge_all(parts, tmp_path / "merged", writers=1)
     assert not (tmp_path / "merged").exists()
@@ -180,7 +180,7 @@ def test_a_merge_goes_on_where_it_was_stopped(parts, tmp_path, monkeypatch):
         written.append(self.name)
         return whole(self, state, blocks)
 
-    monkeypatch.setattr(LeafLayout, "write", go_on)
+    monkeypatch.setattr(LeafLayout, "write_known", go_on)
     merge_all(parts, tmp_path / "merged", writers=1)
     assert len(written) == len(set(written)) and written[:5] == first
     assert content(tmp_path / "merged") == content(parts / "merged") and nothing_beside(tmp_path / "merged")
@@ -200,7 +200,7 @@ def test_what_another_merge_left_behind_is_swept_away(parts, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(LeafLayout, "write", stopped)
+        patch.setattr(LeafLayout, "write_known", stopped)
         with pytest.raises(KeyboardInterrupt):
             merge(parts / "anchor", [parts / "law"], tmp_path / "merged")
     assert not nothing_beside(tmp_path / "merged")
@@ -242,13 +242,13 @@ from flexolmo_jax.model.partition import unflatten
 what, parts, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 manifest = read(parts / "merged")
 params = unflatten({path: leaf.read() for path, leaf in stored_leaves(parts / "merged", manifest).items()})
-whole = LeafLayout.write
+whole = LeafLayout.write_known
 
 def slowly(self, state, blocks):  # The leaves are small: so a kill finds every stage of the work.
     time.sleep(0.01)
     return whole(self, state, blocks)
 
-LeafLayout.write = slowly
+LeafLayout.write_known = slowly
 
 def work():
     if what == "save":
