@@ -23,6 +23,17 @@ def test_decoys_are_fixed_rows_that_use_known_ids_and_repeat_no_document():
     assert not np.array_equal(decoys[0].inputs, Decoys(public, own, seed=2)[0].inputs)
 
 
+def test_two_of_four_decoys_hold_pieces_of_the_owners_text():
+    public, own = Packing(documents(*[30] * 20), 29), Packing(documents(*[25] * 20), 24)
+    decoys = Decoys(public, own, seed=1)
+
+    def consecutive(index: int) -> int:  # in the documents every id is the one after the last
+        return int(np.sum(np.diff(decoys[index].inputs) == 1))
+
+    plain, spliced = (sum(map(consecutive, pair)) for pair in ((0, 1, 4, 5), (2, 3, 6, 7)))
+    assert spliced >= plain + 4
+
+
 @pytest.mark.slow
 def test_builtin_corpora_are_deterministic_deduplicated_and_disjoint(tmp_path):
     builtin.build(tmp_path / "first")
