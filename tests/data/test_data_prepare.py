@@ -253,8 +253,8 @@ if __name__ == "__main__":
 @pytest.mark.timeout(900)
 def test_killing_it_twenty_times_changes_nothing(tmp_path):
     """Each time a few more pieces of work are done, it is killed at whatever it is doing a random moment later."""
-    for number in range(6):
-        write_lines(tmp_path / f"text/{number}.jsonl.gz", some_texts(600, seed=number))
+    for number in range(160):
+        write_lines(tmp_path / f"text/{number}.jsonl.gz", some_texts(75, seed=number))
     (tmp_path / "run.py").write_text(PREPARE)
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "text")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
