@@ -44,7 +44,7 @@ setup(
         "array_record>=0.8.3,<0.9",
         "fsspec>=2025.3",
         "pyarrow>=20",
-        "sentencepiece>=0.2,<0.3",
+        "sentencepiece>=0.2,<0.2.2",  # from 0.2.2 on it wants a newer protobuf than Apache Beam allows
         "datasketch>=2,<3",
         "gin-config>=0.5,<0.6",
         "numpy>=2,<3",

@@ -21,6 +21,7 @@ from flexolmo_jax.data.prepare import Preparation, open_split, prepare, prepare_
 from flexolmo_jax.data.splits import SPLITS, split_of
 from flexolmo_jax.data.text_task import TextTask
 from flexolmo_jax.data.vocabulary import EOS_ID, decode, encode
+from flexolmo_jax.data.workers import in_threads
 from flexolmo_jax.errors import UserError
 from tests.small import write_corpus
 
@@ -100,11 +101,12 @@ def test_output_does_not_depend_on_files_order_parts_or_processes(tmp_path, monk
     four = prepare_task(task(tmp_path / "four"), tmp_path / "b", Preparation(workers=1, **settings))
     monkeypatch.setattr("flexolmo_jax.data.prepare._SMALL_BYTES", 0)
     prepare_task(task(tmp_path / "four"), tmp_path / "c", Preparation(workers=2, **settings))
+    prepare_task(task(tmp_path / "four"), tmp_path / "d", Preparation(**settings), workers=in_threads(3))
     assert one["splits"] == four["splits"] and len(one["splits"]["train"]["shards"]) > 3
     different = {"manifest.json"}
-    a, b, c = (contents(tmp_path / name) for name in "abc")
+    a, b, c, d = (contents(tmp_path / name) for name in "abcd")
     assert {name: a[name] for name in a.keys() - different} == {name: b[name] for name in b.keys() - different}
-    assert b == c
+    assert b == c == d
 
 
 @pytest.mark.parametrize("kept", ["none", "exact", "near"])

@@ -46,7 +46,7 @@ LEAVES = {
 """Files that a page's commands must have written."""
 
 SAYS = {
-    "bring_your_own_text.md": ["train_documents", "runs/prepared/mine  0.75", "contribution"],
+    "bring_your_own_text.md": ["train_documents", "runs/prepared/public  0.25", "contribution"],
     "confine.md": ["exit code 2", "list my_text: allowed", "list math: Permission denied", "write: Permission denied"],
     "merge.md": ["public, math, code", "('public', 'math', 'unicode')", "differing  0"],
     "contributions.md": ["signed_by", "energy_kept"],
