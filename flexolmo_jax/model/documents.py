@@ -19,8 +19,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from flexolmo_jax.model import attention_blocks
 from flexolmo_jax.parallel.current import mesh_axes, platform
 from flexolmo_jax.parallel.layouts import BATCH_AXES
 
@@ -72,6 +73,7 @@ def splash(q, k, v, segments, *, interpret: bool = False) -> Float[Array, "B S H
             block_sizes=_blocks_of(math.gcd(length, SPLASH_BLOCK)),
             head_shards=1,
             q_seq_shards=1,
+            residual_checkpoint_name=attention_blocks.KEPT,
             interpret=interpret,
         )
         inwards = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
@@ -101,51 +103,17 @@ def _blocks_of(size: int) -> kernel.BlockSizes:
 
 def fused(q, k, v, segments) -> Float[Array, "B S H C"]:
     """cuDNN's kernel for GPU, for float16 and bfloat16. Not yet measured."""
-    return jax.nn.dot_product_attention(q, k, v, mask=document_mask(segments, 0), implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=attention_blocks.document_mask(segments, 0), implementation="cudnn"
+    )
 
 
 def blocks(q, k, v, segments) -> Float[Array, "B S H C"]:
-    """Products of blocks of queries with all keys up to the block's end.
-
-    With `n` blocks that takes `(n + 1) / 2n` of the products that all pairs of positions would.
-    """
+    """XLA's products, in blocks of queries."""
     rows, length, heads, width = q.shape
-    block = queries_at_once(length)
-    # Heads outermost: on CPU, products of matrices that lie apart take twice as long.
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q * width**-0.5, k, v))
-    q = q.reshape(rows, k.shape[1], -1, length, width)
-    mixed = []
-    for begin in range(0, length, block):
-        end = begin + block
-        mask = document_mask(segments[:, :end], begin)
-        mixed.append(_block(q[:, :, :, begin:end], k[:, :, :end], v[:, :, :end], mask))
-    return jnp.swapaxes(jnp.concatenate(mixed, axis=3).reshape(rows, heads, length, width), 1, 2)
-
-
-def _block(q: Float[Array, "B G R Q C"], k, v, mask: Bool[Array, "B 1 Q T"]) -> Float[Array, "B G R Q C"]:
-    """Attention of `R` query heads to each key/value head; the softmax is in float32, its sum divides at the end."""
-    scores = jnp.einsum("bgrqc,bgtc->bgrqt", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    mixed = jnp.einsum("bgrqt,bgtc->bgrqc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (mixed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype)
-
-
-def queries_at_once(length: int) -> int:
-    """Queries in a block of `blocks`: an eighth of a row, so that no program has many blocks, but 128 at least."""
-    block = max(LANES, length // 8)
-    return length if length % block else block
-
-
-def document_mask(segments: Int[Array, "B T"], begin: int) -> Bool[Array, "B 1 Q T"]:
-    """True where a query, one of the positions from `begin` on, may look at a key.
-
-    That is a key that is not later than itself, in the same document.
-    """
-    positions = jnp.arange(segments.shape[1])
-    causal = positions[begin:, None] >= positions[None, :]
-    same = segments[:, begin:, None] == segments[:, None, :]
-    return (causal & same)[:, None]
+    mixed = attention_blocks.attend(q.reshape(rows, k.shape[1], -1, length, width), k, v, segments)
+    return jnp.swapaxes(mixed.reshape(rows, heads, length, width), 1, 2)
 
 
 def _pieces(axes: dict[str, int]) -> int:

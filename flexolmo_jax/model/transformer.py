@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import attention_blocks
 from flexolmo_jax.model.attention import Attention, KeyValues
 from flexolmo_jax.model.config import PUBLIC, ModelConfig
 from flexolmo_jax.model.norm import rms_norm
@@ -27,10 +28,14 @@ from flexolmo_jax.parallel.activations import come_together, keep_rows
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(attention_blocks.KEPT),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What a block keeps for the backward pass: everything, the results of matrix products, or its input alone."""
+"""What a block keeps for the backward pass: everything, the results of matrix products and of attention, or its input
+alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,12 +229,11 @@ class Transformer(nnx.Module):
         return KeyValues(jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype))
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        return self.unembedding(hidden.dtype)(hidden)
+        return jnp.matmul(hidden, self.head_in(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def unembedding(self, dtype: DTypeLike) -> Callable[[Float[Array, "*B D"]], Float[Array, "*B V"]]:
-        """From hidden states in `dtype` to float32 logits, for loops: devices gather the head here, not in them."""
-        head = come_together(self.anchor.head[...].astype(dtype), None, "tensor")
-        return lambda hidden: jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    def head_in(self, dtype: DTypeLike) -> Float[Array, "D V"]:
+        """The head's matrix, for products that are float32: devices gather it here, not in a loop that reads it."""
+        return come_together(self.anchor.head[...].astype(dtype), None, "tensor")
 
     def _layers(self) -> Layers:
         anchor = self.anchor

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from flexolmo_jax.moe.swiglu import activate, activate_with_slopes
+
 BLOCKS = 1024, 128
 """Rows at a time, and for what is left: large blocks multiply at full speed, and small ones waste little at the end."""
 
@@ -28,7 +30,7 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
         gate, up, down = expert
         inputs = x[_cut(token, start, size)]
         g, u = inputs @ gate, inputs @ up
-        return _put(buffers, ((jax.nn.silu(g) * u) @ down, g, u), start)
+        return _put(buffers, (activate(g, u) @ down, g, u), start)
 
     for start, end, expert in _groups(rows, experts):
         buffers = _over_blocks(block, start, end, len(token), buffers, expert)
@@ -56,13 +58,11 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
             # Rows beyond the end are the next expert's.
             own = start + jnp.arange(size) < end
             weight = jnp.where(own, _cut(weights, start, size), 0.0)[:, None]
-            silu, slope = jax.nn.silu(g), jax.nn.sigmoid(g)
-            slope = slope * (1 + g * (1 - slope))
-            h = silu * u
+            h, by_gate, by_up = activate_with_slopes(g, u)
             d_h = jax.lax.dot_general(d_mixed, down, (((1,), (1,)), ((), ())))
             d_weight = jnp.sum(d_h.astype(jnp.float32) * h, axis=1, keepdims=True)
             d_h = (d_h * weight).astype(x.dtype)
-            d_g, d_u = d_h * u * slope, d_h * silu
+            d_g, d_u = d_h * by_gate, d_h * by_up
             d_inputs = jax.lax.dot_general(d_g, gate, (((1,), (1,)), ((), ())))
             d_inputs += jax.lax.dot_general(d_u, up, (((1,), (1,)), ((), ())))
             if sums:

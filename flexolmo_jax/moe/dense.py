@@ -11,13 +11,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.moe.across_devices import with_gathered_weights
+from flexolmo_jax.moe.swiglu import activate
 from flexolmo_jax.parallel.current import mesh_axes
 
 
 def feed_forward(x: Float[Array, "*T D"], weights) -> Float[Array, "*T D"]:
-    """SwiGLU, `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
+    """One expert's SwiGLU of every token."""
     gate, up, down = (w.astype(x.dtype) for w in weights)
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    return _activate(x @ gate, x @ up) @ down
+
+
+_activate = jax.checkpoint(activate, prevent_cse=False)
+"""For its backward pass only the two products are kept: what lies between is cheaper to compute again."""
 
 
 def each_expert(x: Float[Array, "T D"], experts: Sequence) -> list[Float[Array, "T D"]]:

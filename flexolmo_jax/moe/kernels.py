@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float
 
+from flexolmo_jax.moe.swiglu import activate, activate_with_slopes
 from flexolmo_jax.parallel.current import platform
 
 GPU_IMPLEMENTATION = "triton"
@@ -33,7 +34,7 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
     gate, up, down = (jnp.stack(w) for w in zip(*experts, strict=True))
     inputs = x[rows.token]
     g, u = (_of_rows(inputs, w, rows.sizes, _BY_ROW) for w in (gate, up))
-    return _of_rows(jax.nn.silu(g) * u, down, rows.sizes, _BY_ROW), (g, u)
+    return _of_rows(activate(g, u), down, rows.sizes, _BY_ROW), (g, u)
 
 
 def backward(x, cotangent, weights, rows, experts, activations, trained) -> tuple[Any, Any, Any]:
@@ -46,13 +47,11 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
     there = (jnp.arange(len(rows.choice)) < jnp.sum(rows.sizes))[:, None]
     g, u = (jnp.where(there, a, 0) for a in activations)
     inputs, d_mixed, weight = x[rows.token], cotangent[rows.token], weights[:, None]
-    silu, slope = jax.nn.silu(g), jax.nn.sigmoid(g)
-    slope = slope * (1 + g * (1 - slope))
-    h = silu * u
+    h, by_gate, by_up = activate_with_slopes(g, u)
     d_h = jnp.where(there, _of_rows(d_mixed, down, rows.sizes, _BY_ROW_TRANSPOSED), 0)
     d_weight = jnp.sum(d_h.astype(jnp.float32) * h, axis=1, keepdims=True)
     d_h = (d_h * weight).astype(x.dtype)
-    d_g, d_u = d_h * u * slope, d_h * silu
+    d_g, d_u = d_h * by_gate, d_h * by_up
     d_inputs = _of_rows(d_g, gate, rows.sizes, _BY_ROW_TRANSPOSED) + _of_rows(d_u, up, rows.sizes, _BY_ROW_TRANSPOSED)
     if not any(trained):
         return jnp.where(there, d_inputs, 0), d_weight, [None] * len(experts)

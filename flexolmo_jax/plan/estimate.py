@@ -5,15 +5,15 @@ Axis legend: `L` layers, `D` width, `F` hidden, `V` vocabulary, `H` heads, `K` c
 
 import math
 
-from flexolmo_jax.model.documents import queries_at_once
+from flexolmo_jax.model.attention_blocks import queries_at_once
 from flexolmo_jax.model.partition import flatten
 from flexolmo_jax.parallel import Layout
 from flexolmo_jax.parallel.layouts import BATCH_AXES
 from flexolmo_jax.plan import minimum
 from flexolmo_jax.plan.compilation import Memory
 from flexolmo_jax.plan.jobs import TRAINING, Job
-from flexolmo_jax.train.objective import POSITIONS_AT_ONCE
 from flexolmo_jax.train.run import DTYPES
+from flexolmo_jax.train.token_losses import POSITIONS_AT_ONCE
 
 FLOAT32 = 4
 
@@ -21,9 +21,9 @@ FLOAT32 = 4
 def memory(job: Job, layout: Layout, available: int) -> Memory:
     """HBM of one device, in bytes. Arguments are exact; temporaries are the largest that live together.
 
-    Training keeps each block's input, with the policy "dots" also the results of its products, and with "none" about
-    twice these and the attention's weights. On top come the gathered weights of two blocks (one in use, one on its
-    way), what one block works on, the gradients, and logits of a piece of a row.
+    Training keeps each block's input, with the policy "dots" also the results of its products and of attention, and
+    with "none" about nine more arrays as wide as the model. On top come the gathered weights of two blocks (one in use,
+    one on its way), what one block works on, the gradients, and logits of a piece of a row.
     """
     model, run = job.model, job.run
     sizes = dict(layout.mesh.shape)
@@ -39,8 +39,8 @@ def memory(job: Job, layout: Layout, available: int) -> Memory:
     work = tokens * (products + 4 * model.width) * FLOAT32 + attention
     kept = {
         "full": model.width,
-        "dots": model.width + products,
-        "none": model.width + 2 * products + model.heads * run.sequence_length / 2,
+        "dots": 2 * model.width + products,
+        "none": 11 * model.width + products,
     }[run.remat]
     gathered = 2 * job.experts * 3 * model.width * model.hidden * width / sizes["expert"] / sizes["tensor"]
     positions = min(POSITIONS_AT_ONCE, run.sequence_length) if trains else run.sequence_length
@@ -61,16 +61,22 @@ def memory(job: Job, layout: Layout, available: int) -> Memory:
 
 
 def recomputed_flops(job: Job) -> float:
-    """FLOPs, over all devices, of what the remat policy and the loss compute a second time."""
+    """FLOPs, over all devices, of what a step computes a second time.
+
+    Attention's backward pass computes its scores again, half of its products. Rematerialisation in full repeats every
+    block, and a trained head makes the logits of long rows again.
+    """
     if job.kind not in TRAINING:
         return 0.0
-    every = list(minimum.products(job))
-    again = {
-        "full": lambda each: True,
-        "dots": lambda each: each.path is None or each.layer == job.model.layers,
-        "none": lambda each: each.layer == job.model.layers,
-    }[job.run.remat]
-    return job.tokens * sum(each.flops for each in every if again(each))
+
+    def again(product: minimum.Product) -> float:
+        if product.layer == job.model.layers:
+            trained = job.is_trained(("anchor", "head"))
+            return product.flops * (trained and job.run.sequence_length > POSITIONS_AT_ONCE)
+        scores = product.flops / 2 if product.path is None else 0.0
+        return scores + product.flops * (job.run.remat == "full")
+
+    return job.tokens * sum(again(product) for product in minimum.products(job))
 
 
 def _bytes(tree: dict, layout: Layout) -> float:

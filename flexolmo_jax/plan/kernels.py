@@ -38,10 +38,11 @@ def splash_flops(instruction: Instruction, computation: Mapping[str, Instruction
     named = _SPLASH.search(f"{instruction.name} {instruction.attributes}")
     if instruction.opcode != "custom-call" or not named:
         return None
-    queries = next(shape for name in instruction.operands for shape in computation[name].shapes if len(shape.dims) == 4)
-    rows, heads, length, width = queries.dims
+    # Queries are the largest operand, [rows, heads, length, width]; XLA leaves out a single row's axis.
+    queries = max((shape for name in instruction.operands for shape in computation[name].shapes), key=lambda s: s.size)
+    length = queries.dims[-2]
     block = math.gcd(length, SPLASH_BLOCK)
     blocks = length // block
-    one = 2 * rows * heads * width * block * block * blocks * (blocks + 1) // 2
+    one = 2 * queries.size // length * block * block * blocks * (blocks + 1) // 2
     products = SPLASH[named[1]]
     return one * products.needed, one * products.again

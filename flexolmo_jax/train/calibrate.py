@@ -15,7 +15,7 @@ from flexolmo_jax.data.packing import Rows, RowSource, sample_rows
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.partition import join
 from flexolmo_jax.model.transformer import Build
-from flexolmo_jax.train.objective import token_losses
+from flexolmo_jax.train.token_losses import token_losses
 
 ROWS_READ = 96
 SHIFTS_TRIED = 10
@@ -102,7 +102,7 @@ def _forward(build: Build, params: dict, rows: Rows):
     def some(piece: Rows):
         model = build(params)
         trace = model.trace(piece.inputs, piece.positions, piece.segments)
-        losses = token_losses(model, trace.hidden, piece.targets)
+        losses = token_losses(trace.hidden, model.head_in(trace.hidden.dtype), piece.targets, z_loss=0.0)
         logits = trace.routing.logits
         return logits[..., 1] - logits[..., 0], jnp.sum(losses.cross_entropy * piece.weights)
 

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.model import documents
+from flexolmo_jax.model import attention_blocks, documents
 
 
 def reference(q, k, v, segments):
@@ -49,10 +50,28 @@ def test_blocks_are_softmax_attention(seed, rows, length, kv_heads, group):
     np.testing.assert_allclose(documents.blocks(q, k, v, segments), reference(q, k, v, segments), atol=2e-5)
 
 
-def test_rows_of_several_blocks_are_the_same(monkeypatch):
-    monkeypatch.setattr(documents, "LANES", 4)
-    (q, k, v), segments, _ = draw(0, 2, 12, 4, 2, 8)
+def plain(q, k, v, segments):
+    """The formula again, on all pairs at once, for JAX to differentiate."""
+    group = q.shape[2] // k.shape[2]
+    scores = jnp.einsum("bqhc,bthc->bhqt", q, jnp.repeat(k, group, axis=2)) / q.shape[-1] ** 0.5
+    seen = attention_blocks.document_mask(segments, 0)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhqt,bthc->bqhc", weights, jnp.repeat(v, group, axis=2))
+
+
+@pytest.mark.parametrize("block", [1, 4, 12, 64])
+def test_blocks_of_any_size_are_the_same_with_their_gradients(block, monkeypatch):
+    monkeypatch.setattr(attention_blocks, "FEWEST_QUERIES", block)
+    (q, k, v), segments, cotangent = draw(0, 2, 12, 4, 2, 8)
     np.testing.assert_allclose(documents.blocks(q, k, v, segments), reference(q, k, v, segments), atol=2e-5)
+    for ours, formula in zip(
+        *(gradients(attend, q, k, v, segments, cotangent) for attend in (documents.blocks, plain)), strict=True
+    ):
+        np.testing.assert_allclose(ours, formula, atol=2e-5)
+
+
+def gradients(attend, q, k, v, segments, cotangent):
+    return jax.grad(lambda *qkv: jnp.vdot(attend(*qkv, segments), cotangent), argnums=(0, 1, 2))(q, k, v)
 
 
 def test_splash_is_softmax_attention_with_its_gradients(monkeypatch):
@@ -60,11 +79,10 @@ def test_splash_is_softmax_attention_with_its_gradients(monkeypatch):
     (q, k, v), segments, cotangent = draw(1, 2, 256, 4, 2, 128)
     np.testing.assert_allclose(splash(q, k, v, segments), reference(q, k, v, segments), atol=2e-5)
 
-    def gradients(attend):
-        return jax.grad(lambda *qkv: jnp.vdot(attend(*qkv, segments), cotangent), argnums=(0, 1, 2))(q, k, v)
-
-    for ours, plain in zip(gradients(splash), gradients(documents.blocks), strict=True):
-        np.testing.assert_allclose(ours, plain, atol=5e-5)
+    for ours, formula in zip(
+        *(gradients(attend, q, k, v, segments, cotangent) for attend in (splash, plain)), strict=True
+    ):
+        np.testing.assert_allclose(ours, formula, atol=5e-5)
 
 
 def test_each_platform_has_its_way(monkeypatch):

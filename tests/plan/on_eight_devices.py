@@ -60,6 +60,7 @@ def planned(kind: str, mesh: str, remat: str) -> dict:
         "least_flops": minimum.flops(job).total,
         "traffic": sum(measures.traffic(module).values()),
         "least_traffic": minimum.traffic(job, layout).total,
+        "least_traffic_of_tokens": minimum.traffic(job, layout).tokens,
         "arguments": compiled.memory.arguments,
         "estimated_arguments": estimate.memory(job, layout, 2**30).arguments,
     }

@@ -58,13 +58,17 @@ def test_collectives_and_an_expert_job_on_eight_devices():
 @pytest.mark.slow
 def test_every_job_and_mesh_keeps_near_the_formulas():
     names = [f"{kind}:fsdp:full" for kind in EXPERTS]
-    names += ["train-expert:fsdp:none", "train-expert:replicas:full", "train-expert:expert:full"]
+    names += ["train-expert:fsdp:none", "train-expert:replicas:full"]
+    names += ["train-expert:expert:none", "train-expert:expert:full"]
     found = on_eight_devices(*names)
     for name in names:
         job = found[name]
         assert job["least_flops"] / 8 <= job["flops"]["needed"] <= 1.3 * job["least_flops"] / 8, name
-        assert job["traffic"] <= 1.2 * job["least_traffic"], name
+        # Rematerialisation shows the tokens of an `expert` axis around once more, beside the forward and backward pass.
+        again = job["least_traffic_of_tokens"] / 2 if name.endswith("full") else 0
+        assert job["traffic"] <= 1.2 * job["least_traffic"] + again, name
         assert 0 <= job["arguments"] - job["estimated_arguments"] <= 64, name
     alone, again = found["train-expert:fsdp:none"]["flops"], found["train-expert:fsdp:full"]["flops"]
-    assert alone["recomputed"] == 0 < again["recomputed"]
+    scores = (MODEL.layers - 1) * 2 * MODEL.width * LENGTH * ROWS * LENGTH // 8
+    assert alone["recomputed"] == scores < again["recomputed"]
     assert alone["needed"] == pytest.approx(again["needed"], rel=0.01)

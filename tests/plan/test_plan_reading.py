@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.plan import hlo, measures
+from flexolmo_jax.plan import hlo, kernels, measures
 
 SIZES = st.integers(2, 24)
 
@@ -130,3 +130,23 @@ def test_programs_for_tpu_are_read():
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule empty")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("kernel", "needed", "again"), [("fwd", 2, 0), ("dkv", 3, 1), ("dq", 1, 2)])
+def test_splash_attention_counts_the_blocks_it_does_not_pass_over(rows, kernel, needed, again):
+    heads, length, width, block = 4, 1024, 128, kernels.SPLASH_BLOCK
+    shape = f"{f'{rows},' if rows > 1 else ''}{heads},{length},{width}"
+    module = hlo.parse(
+        f"""HloModule attention
+
+ENTRY %main (q: bf16[{shape}], s: s32[{length},128]) -> bf16[{shape}] {{
+  %s = s32[{length},128] parameter(1)
+  %q = bf16[{shape}] parameter(0)
+  ROOT %call = bf16[{shape}] custom-call(%s, %q), metadata={{op_name="splash_mha_{kernel}"}}
+}}
+"""
+    )
+    below_and_on_the_diagonal = 3
+    product = 2 * rows * heads * width * below_and_on_the_diagonal * block**2
+    assert measures.flops(module) == (needed * product, again * product)

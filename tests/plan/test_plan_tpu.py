@@ -31,8 +31,9 @@ def plan(tmp_path, capsys, *arguments: str) -> dict:
     return found
 
 
-def test_an_expert_job_fits_and_keeps_near_the_least(tmp_path, capsys):
-    found = plan(tmp_path, capsys, "train-expert", "--gin.RunConfig.batch_size=8")
+@pytest.mark.parametrize("rows_of_a_chip", [1, 2])
+def test_an_expert_job_fits_and_keeps_near_the_least(rows_of_a_chip, tmp_path, capsys):
+    found = plan(tmp_path, capsys, "train-expert", f"--gin.RunConfig.batch_size={4 * rows_of_a_chip}")
     assert found["compiled"] and found["fits"]
     assert found["hbm"]["arguments"] > 0 and found["hbm"]["temporaries"] > 0
     # Three blocks, of which a scan cannot leave out what the first does not need, and attention in two blocks.

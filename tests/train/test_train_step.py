@@ -14,9 +14,10 @@ from flexolmo_jax.model import PUBLIC, builder
 from flexolmo_jax.model.bias_channel import pin
 from flexolmo_jax.model.partition import belongs_to_expert, belongs_to_router, flatten, split
 from flexolmo_jax.train.expert_objective import DECOY, FOREIGN, OWN, ExpertTraining, RestraintConfig
-from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig, token_losses
+from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig
 from flexolmo_jax.train.optimizer import OptimizerConfig
 from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.token_losses import token_losses
 from tests.small import CONFIG, random_params
 
 NAMES = (PUBLIC, "math")
@@ -116,7 +117,9 @@ def test_the_expert_objective_follows_its_formula():
     loss, metrics = TASK.loss(model, batch, TASK.weigh(batch))
 
     trace = model.trace(batch.rows.inputs, batch.rows.positions, batch.rows.segments)
-    nats = np.float64(token_losses(model, trace.hidden, batch.rows.targets).cross_entropy)
+    nats = np.float64(
+        token_losses(trace.hidden, model.head_in(trace.hidden.dtype), batch.rows.targets, 0.0).cross_entropy
+    )
     partition = np.float64(jax.nn.logsumexp(model.unembed(trace.hidden), axis=-1))
     logits = np.float64(trace.routing.logits)
     weights, source = np.float64(batch.rows.weights), np.asarray(batch.source)[:, None]
@@ -160,9 +163,9 @@ def test_long_rows_are_scored_piece_by_piece_with_the_same_result(monkeypatch):
     batch = batch_of()
     model = BUILD(jax.tree.map(jnp.asarray, random_params("math")))
     hidden = model.trace(batch.rows.inputs, batch.rows.positions, batch.rows.segments).hidden
-    whole = token_losses(model, hidden, batch.rows.targets)
-    monkeypatch.setattr("flexolmo_jax.train.objective.POSITIONS_AT_ONCE", 4)
-    pieces = token_losses(model, hidden, batch.rows.targets)
+    whole = token_losses(hidden, model.head_in(hidden.dtype), batch.rows.targets, 0.1)
+    monkeypatch.setattr("flexolmo_jax.train.token_losses.POSITIONS_AT_ONCE", 4)
+    pieces = token_losses(hidden, model.head_in(hidden.dtype), batch.rows.targets, 0.1)
     for ours, plain in zip(pieces, whole, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5)
 
