@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,14 +159,16 @@ def write(
 ) -> dict[str, Any]:
     """Writes a file; `contents` yields the tensors in order. Returns its size in bytes and its SHA-256."""
     running = hashlib.sha256()
-    with file.open("wb", buffering=0) as target:
+    with file.open("wb", buffering=0) as target, ThreadPoolExecutor(1) as thread:
 
         def put(data: Any) -> None:
             view = memoryview(data)
-            while view:  # Piece by piece, so that the digest finds in the cache what was just written.
-                written = target.write(view[:PIECE_BYTES])
-                running.update(view[:written])
-                view = view[written:]
+            while view:  # Piece by piece, so that the cache holds what is written and digested at once.
+                piece, view = view[:PIECE_BYTES], view[PIECE_BYTES:]
+                pending = thread.submit(running.update, piece)
+                while piece:
+                    piece = piece[target.write(piece) :]
+                pending.result()
 
         put(header_bytes(tensors))
         for (dtype, shape), content in zip(tensors.values(), contents, strict=True):

@@ -15,6 +15,7 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -142,12 +143,14 @@ class LeafLayout:
         """
         digest = hashlib.sha256()
 
-        def digested():
-            for block in blocks:
-                digest.update(block.data)
+        def digested(thread: ThreadPoolExecutor):
+            for block in blocks:  # Its digest is taken while the caller writes it.
+                pending = thread.submit(digest.update, block.data)
                 yield block
+                pending.result()
 
-        self.write_known(state, digested())
+        with ThreadPoolExecutor(1) as thread:
+            self.write_known(state, digested(thread))
         return digest.hexdigest()
 
     def write_known(self, state: Path, blocks: Iterable[np.ndarray]) -> None:
