@@ -14,6 +14,7 @@ from flexolmo_jax.model.config import ModelConfig
 from flexolmo_jax.model.documents import attend_documents
 from flexolmo_jax.model.norm import rms_norm
 from flexolmo_jax.model.rotary import rotate
+from flexolmo_jax.products import project
 
 
 class KeyValues(NamedTuple):
@@ -39,7 +40,7 @@ class Attention(nnx.Module):
     def project(self, x: Float[Array, "B S D"], angles) -> tuple[Array, KeyValues]:
         """Queries [B, S, H, C] and key-values [B, S, G, C], normalised over their whole width, then rotated."""
         config = self.config
-        q, k, v = (x @ w[...].astype(x.dtype) for w in (self.q, self.k, self.v))
+        q, k, v = (project(x, w[...]) for w in (self.q, self.k, self.v))
         q = rms_norm(q, self.q_norm[...], config.norm_epsilon)
         k = rms_norm(k, self.k_norm[...], config.norm_epsilon)
         q, k, v = (a.reshape(*a.shape[:2], -1, config.head_width) for a in (q, k, v))
@@ -55,4 +56,4 @@ class Attention(nnx.Module):
         )
 
     def _project_out(self, mixed: Float[Array, "B S H C"]) -> Float[Array, "B S D"]:
-        return mixed.reshape(*mixed.shape[:2], -1) @ self.o[...].astype(mixed.dtype)
+        return project(mixed.reshape(*mixed.shape[:2], -1), self.o[...])

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from flexolmo_jax.products import transposed
+
 KEPT = "attention"
 """The name of attention's results for policies of rematerialisation: they take little room, and long to make."""
 
@@ -104,8 +106,8 @@ def _by_key(a: Float[Array, "B G R Q T"], b: Float[Array, "B G T C"]) -> Float[A
 
 
 def _by_query(a: Float[Array, "B G R Q T"], b: Float[Array, "B G R Q C"]) -> Float[Array, "B G T C"]:
-    a, b = _one_by_one(a), _one_by_one(b)
-    return jnp.einsum("bgnt,bgnc->bgtc", a, b, preferred_element_type=jnp.float32)
+    a, b = transposed(_one_by_one(a)), _one_by_one(b)
+    return jnp.einsum("bgtn,bgnc->bgtc", a, b, preferred_element_type=jnp.float32)
 
 
 def _one_by_one(a: Float[Array, "B G R Q _"]) -> Float[Array, "B G N _"]:

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from flexolmo_jax import products
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import attention_blocks
 from flexolmo_jax.model.attention import Attention, KeyValues
@@ -30,7 +31,7 @@ REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(attention_blocks.KEPT),
+        jax.checkpoint_policies.save_only_these_names(products.KEPT, attention_blocks.KEPT),
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -229,7 +230,7 @@ class Transformer(nnx.Module):
         return KeyValues(jnp.zeros(shape, self.compute_dtype), jnp.zeros(shape, self.compute_dtype))
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        return jnp.matmul(hidden, self.head_in(hidden.dtype), preferred_element_type=jnp.float32)
+        return products.project_wide(hidden, self.head_in(hidden.dtype))
 
     def head_in(self, dtype: DTypeLike) -> Float[Array, "D V"]:
         """The head's matrix, for products that are float32: devices gather it here, not in a loop that reads it."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from flexolmo_jax.moe.swiglu import activate, activate_with_slopes
+from flexolmo_jax.products import project, project_back, sum_of_outer
 
 BLOCKS = 1024, 128
 """Rows at a time, and for what is left: large blocks multiply at full speed, and small ones waste little at the end."""
@@ -29,8 +30,8 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
     def block(start, _end, size, buffers, expert):
         gate, up, down = expert
         inputs = x[_cut(token, start, size)]
-        g, u = inputs @ gate, inputs @ up
-        return _put(buffers, (activate(g, u) @ down, g, u), start)
+        g, u = project(inputs, gate), project(inputs, up)
+        return _put(buffers, (project(activate(g, u), down), g, u), start)
 
     for start, end, expert in _groups(rows, experts):
         buffers = _over_blocks(block, start, end, len(token), buffers, expert)
@@ -59,15 +60,14 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
             own = start + jnp.arange(size) < end
             weight = jnp.where(own, _cut(weights, start, size), 0.0)[:, None]
             h, by_gate, by_up = activate_with_slopes(g, u)
-            d_h = jax.lax.dot_general(d_mixed, down, (((1,), (1,)), ((), ())))
-            d_weight = jnp.sum(d_h.astype(jnp.float32) * h, axis=1, keepdims=True)
+            d_h = project_back(d_mixed, down)
+            d_weight = jnp.sum(d_h * h, axis=1, keepdims=True)
             d_h = (d_h * weight).astype(x.dtype)
             d_g, d_u = d_h * by_gate, d_h * by_up
-            d_inputs = jax.lax.dot_general(d_g, gate, (((1,), (1,)), ((), ())))
-            d_inputs += jax.lax.dot_general(d_u, up, (((1,), (1,)), ((), ())))
+            d_inputs = project_back(d_g, gate) + project_back(d_u, up)
             if sums:
-                products = (inputs, d_g), (inputs, d_u), (h, (d_mixed * weight).astype(x.dtype))
-                sums = tuple(total + _transposed_product(*each) for total, each in zip(sums, products, strict=True))
+                products = (inputs, d_g), (inputs, d_u), (h, d_mixed * weight)
+                sums = tuple(total + sum_of_outer(*each) for total, each in zip(sums, products, strict=True))
             return _put(buffers, (d_inputs, d_weight), start), sums
 
         buffers, sums = _over_blocks(block, start, end, len(token), (buffers, sums), expert)
@@ -115,7 +115,3 @@ def _put(buffers: tuple, blocks: tuple, start) -> tuple:
         return jax.lax.dynamic_update_slice_in_dim(buffer, block.astype(buffer.dtype), start, 0)
 
     return tuple(map(put, buffers, blocks))
-
-
-def _transposed_product(a: Float[Array, "N _"], b: Float[Array, "N _"]) -> Float[Array, "_ _"]:
-    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -13,16 +13,13 @@ from jaxtyping import Array, Float, Int
 from flexolmo_jax.moe.across_devices import with_gathered_weights
 from flexolmo_jax.moe.swiglu import activate
 from flexolmo_jax.parallel.current import mesh_axes
+from flexolmo_jax.products import project
 
 
 def feed_forward(x: Float[Array, "*T D"], weights) -> Float[Array, "*T D"]:
     """One expert's SwiGLU of every token."""
-    gate, up, down = (w.astype(x.dtype) for w in weights)
-    return _activate(x @ gate, x @ up) @ down
-
-
-_activate = jax.checkpoint(activate, prevent_cse=False)
-"""For its backward pass only the two products are kept: what lies between is cheaper to compute again."""
+    gate, up, down = weights
+    return project(activate(project(x, gate), project(x, up)), down)
 
 
 def each_expert(x: Float[Array, "T D"], experts: Sequence) -> list[Float[Array, "T D"]]:

@@ -6,6 +6,7 @@ Axis legend: `F` hidden units.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -23,12 +24,33 @@ class Activated(NamedTuple):
     by_up: Float[Array, "*T F"]
 
 
+@jax.custom_vjp
 def activate(g: Float[Array, "*T F"], u: Float[Array, "*T F"]) -> Float[Array, "*T F"]:
-    return jax.nn.silu(g) * u
+    """`silu(g) * u`, computed in float32. For the backward pass it keeps `g` and `u` alone."""
+    return _hidden(g, u)
 
 
 def activate_with_slopes(g: Float[Array, "*T F"], u: Float[Array, "*T F"]) -> Activated:
     """All of it from `g` and `u` alone: it is cheaper to compute again than to keep."""
+    g, u = g.astype(jnp.float32), u.astype(jnp.float32)
     share = jax.nn.sigmoid(g)
     silu = g * share
     return Activated(silu * u, u * share * (1 + g * (1 - share)), silu)
+
+
+def _hidden(g, u):
+    return (jax.nn.silu(g.astype(jnp.float32)) * u.astype(jnp.float32)).astype(g.dtype)
+
+
+def _with_residuals(g, u):
+    return _hidden(g, u), (g, u)
+
+
+def _backward(residuals, d_hidden):
+    g, u = residuals
+    slopes = activate_with_slopes(g, u)
+    d_hidden = d_hidden.astype(jnp.float32)
+    return (d_hidden * slopes.by_gate).astype(g.dtype), (d_hidden * slopes.by_up).astype(u.dtype)
+
+
+activate.defvjp(_with_residuals, _backward)

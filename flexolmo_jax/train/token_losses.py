@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flexolmo_jax.products import project_back, project_wide
+
 POSITIONS_AT_ONCE = 512
 """Of each row; one that is longer, and divides by it, is done piece by piece."""
 
@@ -78,7 +80,7 @@ _losses.defvjp(_with_residuals, _backward, symbolic_zeros=True)
 
 
 def _of_piece(z_loss, hidden, head, targets) -> TokenLosses:
-    logits = _logits(hidden, head)
+    logits = project_wide(hidden, head)
     return _of_logits(z_loss, logits, targets, jax.nn.logsumexp(logits, axis=-1))
 
 
@@ -87,16 +89,12 @@ def _with_slope(z_loss, hidden, head, targets) -> tuple[TokenLosses, Float[Array
 
     That of the logits is `softmax * (1 + 2 z_loss log_partition) - one_hot(target)`.
     """
-    logits = _logits(hidden, head)
+    logits = project_wide(hidden, head)
     log_partition = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     by_logits = jnp.exp(logits - log_partition) * (1 + 2 * z_loss * log_partition)
     by_logits -= jax.nn.one_hot(targets, head.shape[1], dtype=logits.dtype)
-    slope = jnp.matmul(by_logits.astype(head.dtype), head.T, preferred_element_type=jnp.float32)
-    return _of_logits(z_loss, logits, targets, log_partition[..., 0]), slope.astype(hidden.dtype)
-
-
-def _logits(hidden, head) -> Float[Array, "B S V"]:
-    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+    slope = project_back(by_logits, head).astype(hidden.dtype)
+    return _of_logits(z_loss, logits, targets, log_partition[..., 0]), slope
 
 
 def _of_logits(z_loss, logits, targets, log_partition) -> TokenLosses:
