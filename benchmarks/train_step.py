@@ -12,7 +12,8 @@ takes the batch in pieces of two rows (`RunConfig.accumulation`): what a piece m
 quarter. The peer is tried in such pieces too.
 
 Beside the ratios stands their ceiling: what ours over theirs would be if ours were nothing but the matrix products that
-the job cannot do without (`flexolmo_jax/plan/minimum.py`), all as fast as a large one is on this machine.
+the job cannot do without (`flexolmo_jax/plan/minimum.py`), all as fast as a large one is on this machine. How fast a
+large one is in PyTorch stands beside that: in bfloat16 it is what limits ours.
 """
 
 import argparse
@@ -261,20 +262,28 @@ def least_flops(job: str, rows: int, length: int) -> float:
     return 3 * least if job == "train" else least
 
 
-def product_flops(rows: int, length: int) -> float:
-    """FLOPs per second of a large float32 matrix product of ours, a frozen expert's gate; the median of many."""
+def product_flops(dtype: str, rows: int, length: int) -> tuple[float, float]:
+    """FLOPs per second of a large matrix product, a frozen expert's gate: of ours and of theirs, medians of many."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     import jax.numpy as jnp
+    import torch
+
+    from flexolmo_jax.products import project
 
     m, k, n = rows * length, SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    a, b, product = jnp.ones((m, k)), jnp.ones((k, n)), jax.jit(jnp.matmul)
-    taken = []
-    for _ in range(50):
-        begin = time.perf_counter()
-        jax.block_until_ready(product(a, b))
-        taken.append(time.perf_counter() - begin)
-    return 2 * m * k * n / statistics.median(taken)
+    a, b, multiply = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype), jax.jit(project)
+    their_a, their_b = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((m, k), (k, n)))
+
+    def speed(product: Callable) -> float:
+        taken = []
+        for _ in range(50):
+            begin = time.perf_counter()
+            product()
+            taken.append(time.perf_counter() - begin)
+        return 2 * m * k * n / statistics.median(taken)
+
+    return speed(lambda: jax.block_until_ready(multiply(a, b))), speed(lambda: their_a @ their_b)
 
 
 def judge(rows: list[dict], ceilings: dict[str, float]) -> dict[str, dict]:
@@ -322,21 +331,23 @@ def main() -> None:
     from flexolmo_jax.terminal import table
 
     jobs, shape = arguments.jobs.split(","), sizes[1:]
-    speed = product_flops(*shape)
+    speed, their_speed = product_flops(*sizes)
     ceilings = {job: speed * math.prod(shape) / least_flops(job, *shape) for job in jobs}
     rows = [row for job in jobs for row in measure(job, *sizes, arguments.repeats)]
     table("steps beside transformers' FlexOlmo", list(rows[0]), [list(row.values()) for row in rows])
     print(
-        f"a large matrix product in float32: {speed / 1e9:.0f} GFLOP/s; nothing else would give, in tokens per second:"
+        f"a large matrix product in {arguments.dtype}: {speed / 1e9:.0f} GFLOP/s, the peer's {their_speed / 1e9:.0f}; "
+        "nothing else would give, in tokens per second: "
+        + ", ".join(f"{job} {ceiling:,.0f}" for job, ceiling in ceilings.items())
     )
-    print(", ".join(f"{job} {ceiling:,.0f}" for job, ceiling in ceilings.items()))
     checks = judge(rows, ceilings)
     for name, check in checks.items():
         print(f"{'ok  ' if check['ok'] else 'MISS'} {name}: {check['value']} (target {check['target']})", end="")
         print(f", ceiling {check['ceiling here']}" if "ceiling here" in check else "")
     if arguments.json:
-        product = {"product GFLOP/s": round(speed / 1e9), "ceilings in tokens/s": ceilings}
-        result = {"machine": machine(), "versions": versions(), **product, "rows": rows, "checks": checks}
+        products = {"ours": round(speed / 1e9), "peer": round(their_speed / 1e9)}
+        products = {"product GFLOP/s": products, "ceilings in tokens/s": {job: round(c) for job, c in ceilings.items()}}
+        result = {"machine": machine(), "versions": versions(), **products, "rows": rows, "checks": checks}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

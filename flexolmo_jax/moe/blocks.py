@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from flexolmo_jax.moe.swiglu import activate, activate_with_slopes
 from flexolmo_jax.products import project, project_back, sum_of_outer
 
-BLOCKS = 1024, 128
+BLOCKS = 512, 128
 """Rows at a time, and for what is left: large blocks multiply at full speed, and small ones waste little at the end."""
 
 
