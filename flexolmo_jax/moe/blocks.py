@@ -25,7 +25,7 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
     """Outputs of all rows, and the activations that the backward pass needs: gate and up, before the nonlinearity."""
     width, hidden = experts[0][0].shape
     token = _lengthened(rows.token)
-    buffers = tuple(jnp.zeros((len(token), size), x.dtype) for size in (width, hidden, hidden))
+    buffers = tuple(_as_stored(jnp.zeros((len(token), size), x.dtype)) for size in (width, hidden, hidden))
 
     def block(start, _end, size, buffers, expert):
         gate, up, down = expert
@@ -35,8 +35,8 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
 
     for start, end, expert in _groups(rows, experts):
         buffers = _over_blocks(block, start, end, len(token), buffers, expert)
-    y, g, u = buffers
-    return y, (g, u)
+    y, *activations = buffers
+    return _as_numbers(y, x.dtype), tuple(activations)
 
 
 def backward(x, cotangent, weights, rows, experts, activations, trained) -> tuple[Any, Any, Any]:
@@ -45,8 +45,8 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
     What belongs to no expert is zero.
     """
     token, weights = _lengthened(rows.token), _lengthened(weights)
-    g_all, u_all = activations
-    buffers = tuple(jnp.zeros((len(token), size), dtype) for size, dtype in ((x.shape[1], x.dtype), (1, jnp.float32)))
+    kinds = (x.shape[1], x.dtype), (1, jnp.float32)
+    buffers = tuple(_as_stored(jnp.zeros((len(token), size), dtype)) for size, dtype in kinds)
     d_experts = []
     for (start, end, expert), is_trained in zip(_groups(rows, experts), trained, strict=True):
         sums = tuple(jnp.zeros(w.shape, jnp.float32) for w in expert) if is_trained else ()
@@ -55,7 +55,8 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
             buffers, sums = carry
             gate, up, down = expert
             here = _cut(token, start, size)
-            inputs, d_mixed, g, u = x[here], cotangent[here], _cut(g_all, start, size), _cut(u_all, start, size)
+            inputs, d_mixed = x[here], cotangent[here]
+            g, u = (_as_numbers(_cut(a, start, size), x.dtype) for a in activations)
             # Rows beyond the end are the next expert's.
             own = start + jnp.arange(size) < end
             weight = jnp.where(own, _cut(weights, start, size), 0.0)[:, None]
@@ -68,12 +69,14 @@ def backward(x, cotangent, weights, rows, experts, activations, trained) -> tupl
             if sums:
                 products = (inputs, d_g), (inputs, d_u), (h, d_mixed * weight)
                 sums = tuple(total + sum_of_outer(*each) for total, each in zip(sums, products, strict=True))
-            return _put(buffers, (d_inputs, d_weight), start), sums
+            return _put(buffers, (d_inputs.astype(x.dtype), d_weight), start), sums
 
         buffers, sums = _over_blocks(block, start, end, len(token), (buffers, sums), expert)
         d_experts.append(tuple(s.astype(w.dtype) for s, w in zip(sums, expert, strict=True)) if sums else None)
     there = (jnp.arange(len(token)) < jnp.sum(rows.sizes))[:, None]
-    d_x, d_weights = (jnp.where(there, a, 0) for a in buffers)
+    d_x, d_weights = (
+        jnp.where(there, _as_numbers(buffer, dtype), 0) for buffer, (_, dtype) in zip(buffers, kinds, strict=True)
+    )
     return d_x, d_weights, d_experts
 
 
@@ -112,6 +115,15 @@ def _cut(a: Array, start, size: int) -> Array:
 
 def _put(buffers: tuple, blocks: tuple, start) -> tuple:
     def put(buffer, block):
-        return jax.lax.dynamic_update_slice_in_dim(buffer, block.astype(buffer.dtype), start, 0)
+        return jax.lax.dynamic_update_slice_in_dim(buffer, _as_stored(block), start, 0)
 
     return tuple(map(put, buffers, blocks))
+
+
+def _as_stored(a: Array) -> Array:
+    """Numbers of 16 bits as integers: XLA on CPU widens a buffer of the former, all of it, whenever a block is put."""
+    return jax.lax.bitcast_convert_type(a, jnp.uint16) if a.dtype.itemsize == 2 else a
+
+
+def _as_numbers(a: Array, dtype) -> Array:
+    return jax.lax.bitcast_convert_type(a, dtype)

@@ -31,11 +31,11 @@ def activate(g: Float[Array, "*T F"], u: Float[Array, "*T F"]) -> Float[Array, "
 
 
 def activate_with_slopes(g: Float[Array, "*T F"], u: Float[Array, "*T F"]) -> Activated:
-    """All of it from `g` and `u` alone: it is cheaper to compute again than to keep."""
-    g, u = g.astype(jnp.float32), u.astype(jnp.float32)
+    """All of it from `g` and `u` alone: it is cheaper to compute again than to keep. In their dtype, out of float32."""
+    dtype, g, u = g.dtype, g.astype(jnp.float32), u.astype(jnp.float32)
     share = jax.nn.sigmoid(g)
     silu = g * share
-    return Activated(silu * u, u * share * (1 + g * (1 - share)), silu)
+    return Activated(*(a.astype(dtype) for a in (silu * u, u * share * (1 + g * (1 - share)), silu)))
 
 
 def _hidden(g, u):
@@ -49,8 +49,7 @@ def _with_residuals(g, u):
 def _backward(residuals, d_hidden):
     g, u = residuals
     slopes = activate_with_slopes(g, u)
-    d_hidden = d_hidden.astype(jnp.float32)
-    return (d_hidden * slopes.by_gate).astype(g.dtype), (d_hidden * slopes.by_up).astype(u.dtype)
+    return d_hidden * slopes.by_gate, d_hidden * slopes.by_up
 
 
 activate.defvjp(_with_residuals, _backward)
