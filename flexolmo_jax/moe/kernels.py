@@ -3,7 +3,7 @@
 On TPU, products of rows are `jax.lax.ragged_dot_general`, which XLA compiles to the active products alone. The
 gradients of weights it would compute for every expert from every row; there it is the Pallas kernel `tgmm` of megablox.
 On GPU XLA's backward pass may be dense as well, so all are tokamax's kernels, by name: left to choose, tokamax takes
-another one silently. Its gradient of an empty group's weights is not defined and is set to zero here.
+another one silently. What it gives for the weights of an empty group is whatever lay in memory; here that is zero.
 
 Axis legend: see `flexolmo_jax.moe.sorting`.
 """
@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float
 
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.moe.swiglu import activate, activate_with_slopes
 from flexolmo_jax.parallel.current import platform
 
@@ -88,8 +90,13 @@ def _of_groups(a: Float[Array, "R _"], b: Float[Array, "R _"], sizes, wanted: tu
 
 
 def _tokamax(a: Array, b: Array, sizes: Array, dimensions) -> Array:
-    import tokamax
-
+    try:
+        import tokamax
+    except ImportError:
+        raise UserError("experts on a GPU need tokamax's kernels: pip install 'flexolmo_jax[cuda]'") from None
+    if not flags.FLAGS.is_parsed():
+        # tokamax would look for its options on the command line, and give up at those of ours.
+        flags.FLAGS.mark_as_parsed()
     return tokamax.ragged_dot_general(
         a, b, sizes, dimensions, preferred_element_type=a.dtype, implementation=GPU_IMPLEMENTATION
     )
