@@ -74,19 +74,33 @@ def _of_rows(a: Float[Array, "R _"], b: Float[Array, "E _ _"], sizes, dimensions
 
 
 def _of_groups(a: Float[Array, "R _"], b: Float[Array, "R _"], sizes, wanted: tuple[bool, ...]) -> list:
-    """For each wanted expert, the product of its rows of `a`, transposed, with those of `b`."""
-    if platform() != "tpu":
-        return list(jnp.where((sizes > 0)[:, None, None], _tokamax(a, b, sizes, _BY_GROUP), 0))
+    """For each wanted expert, the product of its rows of `a`, transposed, with those of `b`; None for the others."""
+    of_all, of_one = (_tgmm, _tgmm_of_one) if platform() == "tpu" else (_tokamax_of_all, _tokamax_of_one)
+    if all(wanted):
+        return list(of_all(a, b, sizes))
+    return [of_one(a, b, sizes, expert) if own else None for expert, own in enumerate(wanted)]
+
+
+def _tgmm(a, b, sizes, *of_group) -> Float[Array, "_ _ _"]:
     missing = -len(a) % TILE
     a, b = (jnp.pad(each, ((0, missing), (0, 0))) for each in (a, b))
     tiling = TILE, min(TILE, a.shape[1]), min(TILE, b.shape[1])
-    if all(wanted):
-        return list(tgmm(a.T, b, sizes, a.dtype, tiling))
+    return tgmm(a.T, b, sizes, a.dtype, tiling, *of_group)
 
-    def of_one(expert: int) -> Float[Array, "_ _"]:
-        return tgmm(a.T, b, sizes, a.dtype, tiling, jnp.int32(expert), 1)[0]
 
-    return [of_one(expert) if own else None for expert, own in enumerate(wanted)]
+def _tgmm_of_one(a, b, sizes, expert: int) -> Float[Array, "_ _"]:
+    return _tgmm(a, b, sizes, jnp.int32(expert), 1)[0]
+
+
+def _tokamax_of_all(a, b, sizes) -> Float[Array, "_ _ _"]:
+    return jnp.where((sizes > 0)[:, None, None], _tokamax(a, b, sizes, _BY_GROUP), 0)
+
+
+def _tokamax_of_one(a, b, sizes, expert: int) -> Float[Array, "_ _"]:
+    """The kernel begins with the first row, so this expert's go there; those after the last group it passes over."""
+    begin = jnp.sum(sizes[:expert])
+    a, b = (jnp.roll(each, -begin, axis=0) for each in (a, b))
+    return _tokamax_of_all(a, b, sizes[expert : expert + 1])[0]
 
 
 def _tokamax(a: Array, b: Array, sizes: Array, dimensions) -> Array:
