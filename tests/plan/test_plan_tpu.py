@@ -6,7 +6,7 @@ import pytest
 
 from flexolmo_jax import cli
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ahead_of_time]
 
 GIN = """
 include "configs/runs/expert.gin"
@@ -23,7 +23,7 @@ RunConfig.sequence_length = 1024
 
 
 def plan(tmp_path, capsys, *arguments: str) -> dict:
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="`make ahead-of-time` installs the compiler for TPUs")
     (tmp_path / "job.gin").write_text(GIN)
     gin = f"--gin_file={tmp_path / 'job.gin'}"
     assert cli.main(["plan", *arguments, gin, "--topology=v5e:2x2", "--json"]) == 0, capsys.readouterr().err
@@ -41,6 +41,18 @@ def test_an_expert_job_fits_and_keeps_near_the_least(rows_of_a_chip, tmp_path, c
     assert found["flops"]["recomputed"] > 0
     assert found["collectives"]["ratio"] <= 1.2
     assert found["memory_traffic"] > found["hbm"]["arguments"]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_an_owners_step_of_a_larger_model_computes_hardly_more_than_it_must(remat, tmp_path, capsys):
+    sizes = {"width": 2048, "hidden": 8192, "layers": 4, "heads": 16, "kv_heads": 16, "vocab_size": 8192}
+    gin = [f"--gin.ModelConfig.{name}={size}" for name, size in sizes.items()]
+    gin += [f"--gin.RunConfig.{name}={size}" for name, size in {"batch_size": 8, "sequence_length": 2048}.items()]
+    found = plan(tmp_path, capsys, "train-expert", *gin, f"--gin.RunConfig.remat='{remat}'")
+    assert 1 <= found["flops"]["ratio"] <= 1.03
+    recomputed = found["flops"]["recomputed"] / found["flops"]["least"]
+    assert recomputed < 0.03 if remat == "none" else 0.25 < recomputed < 0.6
+    assert found["collectives"]["ratio"] <= 1.2
 
 
 def test_a_merged_model_computes_only_the_chosen_experts(tmp_path, capsys):
