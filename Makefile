@@ -62,5 +62,5 @@ clean:
 .venv/installed-compilers: .venv/installed-dev
 	$(PIP) install -e '.[plan]'
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && $(PIP) install --upgrade --no-deps \
-		--target .venv/compilers jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version 'nvidia-cudnn-cu13>=9.8,<10'
+		--target .venv/compilers jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version 'nvidia-cudnn-cu13>=9.12,<10'
 	touch $@

@@ -52,6 +52,7 @@ AT_HOME = {
     "sentencepiece": {"data"},
     "seqio": {"data"},
     "tensorflow": {"data"},
+    "tokamax": {"moe"},
     "torch": {"hf"},
     "transformers": {"hf"},
     "sentence_transformers": {"domain"},
@@ -70,6 +71,7 @@ LAZY = {
     "seqio",
     "sklearn",
     "tensorflow",
+    "tokamax",
     "torch",
     "transformers",
 }
