@@ -1,4 +1,4 @@
-# Everything from a bare clone:  make demo | test | slow | checks
+# Everything from a bare clone:  make demo | test | slow | ahead-of-time | checks
 #
 # PYTHON=python3.12            another interpreter for .venv
 # TORCH=torch==2.13.0          the PyTorch that the Hugging Face parity checks run with
@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
-.PHONY: demo test slow checks clean
+.PHONY: demo test slow ahead-of-time checks clean
 
 demo: .venv/installed
 	$(BIN)/flexolmo demo --out $(OUT)
@@ -25,6 +25,9 @@ test: .venv/installed-dev
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow tests
+
+ahead-of-time: .venv/installed-compilers
+	PYTHONPATH=.venv/compilers $(BIN)/python -m pytest -m ahead_of_time tests
 
 checks: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -52,4 +55,12 @@ clean:
 
 .venv/installed-dev: .venv/installed-torch setup.py
 	$(PIP) install -e '.[hf,beam,encoder,dev]' '$(TORCH)'
+	touch $@
+
+# The compilers for TPUs and for GPUs, 2 GB of them. The latter lie apart: JAX complains at every start where it finds
+# them and no GPU.
+.venv/installed-compilers: .venv/installed-dev
+	$(PIP) install -e '.[plan]'
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && $(PIP) install --upgrade --no-deps \
+		--target .venv/compilers jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version 'nvidia-cudnn-cu13>=9.12,<10'
 	touch $@

@@ -77,6 +77,7 @@ setup(
             "pytest-timeout>=2.4,<3",
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
+            "tokamax>=0.0.12,<0.1",  # its kernels for GPUs, interpreted
         ],
     },
     entry_points={"console_scripts": ["flexolmo = flexolmo_jax.__main__:main"]},

@@ -3,7 +3,7 @@
     python benchmarks/plans.py [--json FILE] [--only expert]
 
 Each job is planned in a process of its own, whose time and memory are recorded. Needs the TPU compiler and no TPU
-(`pip install 'flexolmo_jax[plan]'`). Four to ten minutes on two idle cores.
+(`pip install 'flexolmo_jax[plan]'`). Six to twelve minutes on two idle cores.
 """
 
 import argparse
@@ -19,6 +19,13 @@ from flexolmo_jax.terminal import table
 
 PLANS = {
     "expert": ["train-expert", "--gin_file=configs/plans/7b_expert_v5p.gin", "--topology=v5p:4x4x4"],
+    "expert, all kept": [
+        "train-expert",
+        "--gin_file=configs/plans/7b_expert_v5p.gin",
+        "--gin.RunConfig.accumulation=16",
+        "--gin.RunConfig.remat='none'",
+        "--topology=v5p:4x4x4",
+    ],
     "forward": [
         "forward",
         "--gin_file=configs/plans/7b_forward_v5e.gin",

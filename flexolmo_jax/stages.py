@@ -377,7 +377,7 @@ STAGES: dict[str, Stage] = {
             Flag("--new_tokens", "for generate: tokens added to each row (default: 128)", "new_tokens", {"type": int}),
             Flag(
                 "--search",
-                "look for the fastest accumulation, remat policy and mesh that fit",
+                "look for the fastest layout, mesh, accumulation and remat policy (or batch) that fit",
                 "search",
                 {"action": "store_true"},
             ),

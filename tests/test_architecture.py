@@ -53,6 +53,7 @@ AT_HOME = {
     "sentencepiece": {"data"},
     "seqio": {"data"},
     "tensorflow": {"data"},
+    "tokamax": {"moe"},
     "torch": {"hf"},
     "transformers": {"hf"},
     "sentence_transformers": {"domain"},
@@ -71,6 +72,7 @@ LAZY = {
     "seqio",
     "sklearn",
     "tensorflow",
+    "tokamax",
     "torch",
     "transformers",
 }

@@ -3,7 +3,7 @@
 On TPU, products of rows are `jax.lax.ragged_dot_general`, which XLA compiles to the active products alone. The
 gradients of weights it would compute for every expert from every row; there it is the Pallas kernel `tgmm` of megablox.
 On GPU XLA's backward pass may be dense as well, so all are tokamax's kernels, by name: left to choose, tokamax takes
-another one silently. Its gradient of an empty group's weights is not defined and is set to zero here.
+another one silently. What it gives for the weights of an empty group is whatever lay in memory; here that is zero.
 
 Axis legend: see `flexolmo_jax.moe.sorting`.
 """
@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 from jaxtyping import Array, Float
 
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.moe.swiglu import activate, activate_with_slopes
 from flexolmo_jax.parallel.current import platform
 
@@ -72,24 +74,43 @@ def _of_rows(a: Float[Array, "R _"], b: Float[Array, "E _ _"], sizes, dimensions
 
 
 def _of_groups(a: Float[Array, "R _"], b: Float[Array, "R _"], sizes, wanted: tuple[bool, ...]) -> list:
-    """For each wanted expert, the product of its rows of `a`, transposed, with those of `b`."""
-    if platform() != "tpu":
-        return list(jnp.where((sizes > 0)[:, None, None], _tokamax(a, b, sizes, _BY_GROUP), 0))
+    """For each wanted expert, the product of its rows of `a`, transposed, with those of `b`; None for the others."""
+    of_all, of_one = (_tgmm, _tgmm_of_one) if platform() == "tpu" else (_tokamax_of_all, _tokamax_of_one)
+    if all(wanted):
+        return list(of_all(a, b, sizes))
+    return [of_one(a, b, sizes, expert) if own else None for expert, own in enumerate(wanted)]
+
+
+def _tgmm(a, b, sizes, *of_group) -> Float[Array, "_ _ _"]:
     missing = -len(a) % TILE
     a, b = (jnp.pad(each, ((0, missing), (0, 0))) for each in (a, b))
     tiling = TILE, min(TILE, a.shape[1]), min(TILE, b.shape[1])
-    if all(wanted):
-        return list(tgmm(a.T, b, sizes, a.dtype, tiling))
+    return tgmm(a.T, b, sizes, a.dtype, tiling, *of_group)
 
-    def of_one(expert: int) -> Float[Array, "_ _"]:
-        return tgmm(a.T, b, sizes, a.dtype, tiling, jnp.int32(expert), 1)[0]
 
-    return [of_one(expert) if own else None for expert, own in enumerate(wanted)]
+def _tgmm_of_one(a, b, sizes, expert: int) -> Float[Array, "_ _"]:
+    return _tgmm(a, b, sizes, jnp.int32(expert), 1)[0]
+
+
+def _tokamax_of_all(a, b, sizes) -> Float[Array, "_ _ _"]:
+    return jnp.where((sizes > 0)[:, None, None], _tokamax(a, b, sizes, _BY_GROUP), 0)
+
+
+def _tokamax_of_one(a, b, sizes, expert: int) -> Float[Array, "_ _"]:
+    """The kernel begins with the first row, so this expert's go there; those after the last group it passes over."""
+    begin = jnp.sum(sizes[:expert])
+    a, b = (jnp.roll(each, -begin, axis=0) for each in (a, b))
+    return _tokamax_of_all(a, b, sizes[expert : expert + 1])[0]
 
 
 def _tokamax(a: Array, b: Array, sizes: Array, dimensions) -> Array:
-    import tokamax
-
+    try:
+        import tokamax
+    except ImportError:
+        raise UserError("experts on a GPU need tokamax's kernels: pip install 'flexolmo_jax[cuda]'") from None
+    if not flags.FLAGS.is_parsed():
+        # tokamax would look for its options on the command line, and give up at those of ours.
+        flags.FLAGS.mark_as_parsed()
     return tokamax.ragged_dot_general(
         a, b, sizes, dimensions, preferred_element_type=a.dtype, implementation=GPU_IMPLEMENTATION
     )

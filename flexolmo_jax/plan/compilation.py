@@ -75,8 +75,10 @@ def tpu_devices(topology: Topology) -> list:
         ) from None
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Unless it is told, the compiler takes four chips for the least that a host can have.
+    host = {"chips_per_host_bounds": (1, 1, 1)} if topology.chips == 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host)
     except Exception as error:
         raise UserError(f"the TPU compiler knows no topology {topology.name}: {str(error).splitlines()[0]}") from error
     return list(found.devices)

@@ -68,9 +68,11 @@ class Job:
     new_tokens: int = 128
 
     def __post_init__(self):
-        if self.kind not in TRAINING + INFERENCE:
-            raise UserError(f"there is no job {self.kind!r} to plan; {did_you_mean(self.kind, TRAINING + INFERENCE)}")
-        if self.experts < 1 or not 1 <= self.top_k <= self.experts:
+        _check_kind(self.kind)
+        for flag, value in (("experts", self.experts), ("top_k", self.top_k), ("new_tokens", self.new_tokens)):
+            if value < 1:
+                raise UserError(f"--{flag} must be at least 1, but it is {value}")
+        if self.top_k > self.experts:
             raise UserError(f"top_k is {self.top_k}, but the model has {self.experts} experts")
         if self.kind in FIXED_EXPERTS and self.experts != FIXED_EXPERTS[self.kind]:
             raise UserError(f"{self.kind} has {FIXED_EXPERTS[self.kind]} experts, but {self.experts} are given")
@@ -99,7 +101,7 @@ class Job:
 
     def params(self) -> tuple[dict, dict]:
         """Shapes of the trained and of the frozen parameters."""
-        whole = abstract_params(self.model, self.names)
+        whole = _shapes(self.model, self.names)
         frozen = select(whole, lambda path: not self.is_trained(path))
         cast = functools.partial(in_compute_dtype, dtype=DTYPES[self.run.compute_dtype])
         return select(whole, self.is_trained), jax.eval_shape(cast, frozen)
@@ -111,7 +113,7 @@ class Job:
           UserError: the batch or a parameter cannot be cut over the mesh.
         """
         layout.check_batch(self.run.batch_size // self.run.accumulation)
-        layout.check(abstract_params(self.model, self.names))
+        layout.check(_shapes(self.model, self.names))
         trained, frozen = (_placed(tree, layout) for tree in self.params())
         return self._training(trained, frozen, layout) if self.kind in TRAINING else self._inference(frozen, layout)
 
@@ -143,6 +145,29 @@ class Job:
 
     def _per_row(self, layout: Layout, shape: tuple[int, ...] = (), dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.run.batch_size, *shape), dtype, sharding=layout.batch_sharding())
+
+
+def experts_of(kind: str) -> int:
+    """How many experts the model of such a job has.
+
+    Raises:
+      UserError: there is no such job, or its model may have any number of them.
+    """
+    _check_kind(kind)
+    if kind not in FIXED_EXPERTS:
+        raise UserError(
+            f"--experts has no value: say how many experts the model of {kind} has, the public one included"
+        )
+    return FIXED_EXPERTS[kind]
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in TRAINING + INFERENCE:
+        raise UserError(f"there is no job {kind!r} to plan; {did_you_mean(kind, TRAINING + INFERENCE)}")
+
+
+_shapes = functools.cache(abstract_params)
+"""A search asks for the same ones a thousand times."""
 
 
 def _placed(tree: Any, layout: Layout) -> Any:

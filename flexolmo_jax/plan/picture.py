@@ -41,9 +41,10 @@ def draw(summary: dict[str, Any], file: Path) -> None:
 
     names = [name for name, seconds in estimated["seconds"].items() if seconds]
     bars = time.barh(names, [estimated["seconds"][name] for name in names], color="#009e73")
-    time.bar_label(bars, fmt="%.3f s", padding=3, fontsize=8)
-    time.set_xlabel("seconds a step at the published peak (estimate)")
+    time.bar_label(bars, fmt="%.3g s", padding=3, fontsize=8)
+    time.set_xlabel("seconds a step at best (estimate)")
     time.invert_yaxis()
+    time.ticklabel_format(axis="x", style="plain")
     for axes in (memory, work, time):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.18)

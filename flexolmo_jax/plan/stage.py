@@ -14,7 +14,7 @@ from flexolmo_jax.parallel import Layout, MeshConfig
 from flexolmo_jax.parallel.layouts import AXES
 from flexolmo_jax.plan.chips import Topology, parse_topology
 from flexolmo_jax.plan.compilation import compile_program, tpu_devices
-from flexolmo_jax.plan.jobs import FIXED_EXPERTS, Job
+from flexolmo_jax.plan.jobs import Job, experts_of
 from flexolmo_jax.plan.picture import draw
 from flexolmo_jax.plan.report import Plan, from_compiled, from_formulas, show
 from flexolmo_jax.plan.search import Way
@@ -49,7 +49,7 @@ def plan(
       experts: experts of the model, the public one included; None takes the job's own number.
       top_k: experts per token; None takes all.
       new_tokens: for "generate", tokens added to each row.
-      search: whether to look for the fastest accumulation, remat policy and mesh that fit.
+      search: whether to look for the fastest layout, mesh, accumulation and remat policy (or batch) that fit.
       price: US dollars per chip and hour, for the cost.
       out: directory for `plan.json` and `plan.png`.
       overwrite: whether to replace `out`.
@@ -63,9 +63,9 @@ def plan(
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
     where = parse_topology(topology)
-    count = experts or FIXED_EXPERTS.get(job)
-    if count is None:
-        raise UserError(f"--experts has no value: say how many experts the model of {job} has, the public one included")
+    if price is not None and price < 0:
+        raise UserError(f"--price must not be negative, but it is {price}")
+    count = experts_of(job) if experts is None else experts
     wanted = Job(
         kind=job,
         model=model,
@@ -74,12 +74,12 @@ def plan(
         top_k=count if top_k is None else top_k,
         new_tokens=new_tokens,
     )
-    by_compiling = functools.partial(_by_compiling if where.chip.axes else _by_formulas, where)
+    by_formulas = functools.partial(_by_formulas, where)
+    by_compiling = functools.partial(_by_compiling, where) if where.chip.axes else None
     if search:
-        by_formulas = functools.partial(_by_formulas, where)
         tried = search_ways(wanted, mesh, where.devices, by_formulas, by_compiling)
     else:
-        tried = [by_compiling(Way(wanted, mesh))]
+        tried = [(by_compiling or by_formulas)(Way(wanted, mesh))]
     summary = tried[-1].summary(price)
     if search:
         summary["tried"] = [each.summary(price) for each in tried]

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flexolmo_jax.moe import FeedForward
 
@@ -123,3 +125,32 @@ EDGES = [
     Case(tokens=1, width=8, hidden=16, experts=3, top_k=2, popular=3),
 ]
 """Experts that divide no axis, fewer experts than devices, empty and uneven groups, masks, one token."""
+
+
+@st.composite
+def cases(draw) -> Case:
+    """Any shapes and routing."""
+    experts = draw(st.integers(1, 8))
+    top_k = draw(st.integers(1, experts))
+    return Case(
+        tokens=draw(st.integers(1, 70)),
+        width=draw(st.sampled_from([8, 16])),
+        hidden=draw(st.sampled_from([8, 24])),
+        experts=experts,
+        top_k=top_k,
+        popular=draw(st.integers(top_k, experts)),
+        skew=draw(st.sampled_from([0.0, 1.0, 5.0])),
+        masked=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def check_drawn(mix_experts: Callable, examples: int) -> None:
+    """`check` with so many cases, the same every time."""
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    @given(case=cases())
+    def check_one(case):
+        check(mix_experts, case)
+
+    check_one()

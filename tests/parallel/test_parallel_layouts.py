@@ -32,7 +32,9 @@ from tests.small import CONFIG, random_params
 from tests.train.test_train_step import batch_of
 
 if len(sys.argv) > 2:
-    jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[3]))
+    jax.distributed.initialize(
+        sys.argv[2], num_processes=2, process_id=int(sys.argv[3]), heartbeat_timeout_seconds=280
+    )
 task = ExpertTraining("math", ObjectiveConfig(), RestraintConfig())
 optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=1).build(10)
 step = jax.jit(make_step(builder(CONFIG, (PUBLIC, "math")), task.weigh, task.loss, optimizer, accumulation=1))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 
 import pytest
@@ -17,7 +18,7 @@ from flexolmo_jax.plan.chips import CHIPS, GIB, parse_topology
 from flexolmo_jax.plan.compilation import Memory, needed_memory, tpu_devices
 from flexolmo_jax.plan.jobs import Job
 from flexolmo_jax.plan.report import from_formulas
-from flexolmo_jax.plan.search import candidates, search
+from flexolmo_jax.plan.search import candidates, meshes, search
 from flexolmo_jax.train.run import RunConfig
 
 MODEL = ModelConfig(vocab_size=100, width=16, hidden=24, layers=3, heads=4, kv_heads=2)
@@ -119,8 +120,8 @@ def test_accumulation_gathers_again_and_keeps_less():
     assert minimum.flops(once) == minimum.flops(twice)
 
 
-def plans(fits):
-    """Stands in for both planners: by formula everything may fit, compiled what `fits` says."""
+def plans(true_over_formula: float):
+    """Stands in for both planners: compiled, a way needs so many times what the formula says."""
     topology = parse_topology("h100:8")
 
     def by_formulas(way):
@@ -129,30 +130,51 @@ def plans(fits):
         return from_formulas(way.job, topology, cut)
 
     def by_compiling(way):
-        needed = 0 if fits(way) else 2
-        return dataclasses.replace(by_formulas(way), memory=Memory(needed, 0, 0, 0, 1))
+        plan = by_formulas(way)
+        needed = round(true_over_formula * plan.memory.needed)
+        return dataclasses.replace(plan, memory=Memory(needed, 0, 0, 0, plan.memory.available))
 
     return by_formulas, by_compiling
 
 
-@pytest.mark.slow
 def test_search_takes_the_fastest_that_fits():
     planned = job("train-expert", 2)
-    mesh = MeshConfig(layout="fsdp")
-    by_formulas, _ = plans(lambda way: True)
-
-    def needed(way):
-        return by_formulas(way).memory.needed
-
+    mesh = MeshConfig()
+    by_formulas, _ = plans(1.0)
     ways = [way for way in candidates(planned, mesh, 8) if 32 // way.job.run.accumulation >= 8]
-    limit = sorted(map(needed, ways))[len(ways) // 2]
-    tried = search(planned, mesh, 8, *plans(lambda way: needed(way) <= limit))
+    found = [by_formulas(way) for way in ways]
+    scale = found[0].memory.available / sorted(plan.memory.needed for plan in found)[len(found) // 2]
+    tried = search(planned, mesh, 8, *plans(scale))
     assert [plan.fits for plan in tried] == [False] * (len(tried) - 1) + [True]
     assert len(tried) > 1
-    fastest = min(by_formulas(way).step_seconds for way in ways if needed(way) <= limit)
-    assert tried[-1].step_seconds == fastest
-    with pytest.raises(UserError, match="no way to run train-expert with 32 rows was found to fit"):
-        search(planned, mesh, 8, *plans(lambda way: False))
+    fitting = [plan for plan in found if scale * plan.memory.needed <= plan.memory.available]
+    assert tried[-1].step_seconds == min(plan.step_seconds for plan in fitting)
+    with pytest.raises(
+        UserError, match=r"no way to run train-expert with 32 rows was found to fit among \d+, of which 3"
+    ):
+        search(planned, mesh, 8, *plans(1e9))
+
+
+def test_where_nothing_can_be_compiled_search_goes_by_formulas():
+    planned = job("forward", 2)
+    (found,) = search(planned, MeshConfig(), 8, plans(1.0)[0], None)
+    assert found.fits
+    three_rows = dataclasses.replace(job("pretrain", 1), run=dataclasses.replace(RUN, batch_size=3))
+    with pytest.raises(UserError, match="rows cannot be cut over 8 devices"):
+        search(three_rows, MeshConfig(), 8, plans(1.0)[0], None)
+
+
+def test_search_looks_at_every_layout_once():
+    found = list(meshes(1, 8))
+    shapes = {(mesh.layout, mesh.data, mesh.fsdp, mesh.expert) for mesh in found}
+    assert len(shapes) == len(found)
+    assert {(8, 1, 1)} == {shape[1:] for shape in shapes if shape[0] == "replicated"}
+    assert {(4, 2, 1), (2, 4, 1), (1, 8, 1)} == {shape[1:] for shape in shapes if shape[0] == "fsdp"}
+    assert {(4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 2, 2), (1, 2, 4), (1, 4, 2)} == {
+        shape[1:] for shape in shapes if shape[0] == "fsdp_expert"
+    }
+    assert {mesh.layout for mesh in meshes(2, 8)} == {"fsdp", "fsdp_expert"}
+    assert {math.prod(mesh.sizes(24)) for mesh in meshes(1, 24)} == {24}
 
 
 def test_search_keeps_the_batch_of_training_and_widens_that_of_inference():
@@ -218,11 +240,15 @@ def test_stage_plans_the_gin_file_of_a_job(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["train-experts", "--topology=h100:8", "--experts=2"], "did you mean 'train-expert'?"),
+        (["train-experts", "--topology=h100:8"], "did you mean 'train-expert'?"),
         (["tune-router", "--topology=h100:8"], "--experts has no value"),
         (["train-expert", "--topology=h100:8", "--experts=3"], "train-expert has 2 experts, but 3 are given"),
         (["tune-router", "--topology=h100:8", "--experts=7", "--top_k=5"], "sends every token to all 7 experts"),
         (["forward", "--topology=h100:8", "--experts=7", "--top_k=8"], "top_k is 8, but the model has 7 experts"),
+        (["forward", "--topology=h100:8", "--experts=0"], "--experts must be at least 1, but it is 0"),
+        (["forward", "--topology=h100:8", "--experts=2", "--top_k=0"], "--top_k must be at least 1, but it is 0"),
+        (["generate", "--topology=h100:8", "--experts=2", "--new_tokens=0"], "--new_tokens must be at least 1"),
+        (["train-expert", "--topology=h100:8", "--price=-1"], "--price must not be negative, but it is -1"),
         (["train-expert", "--topology=h100:7"], "cannot be cut over 7 devices"),
         (["train-expert", "--topology=h100:8", "--gin.MeshConfig.fsdp=3"], "needs 6 devices, but there are 8"),
         (["train-expert", "--topology=h100:8", "--gin.ExpertConfig.public_share='x'"], "must be a number"),

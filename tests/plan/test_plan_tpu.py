@@ -6,7 +6,7 @@ import pytest
 
 from flexolmo_jax import cli
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ahead_of_time]
 
 GIN = """
 include "configs/runs/expert.gin"
@@ -22,11 +22,11 @@ RunConfig.sequence_length = 1024
 """
 
 
-def plan(tmp_path, capsys, *arguments: str) -> dict:
-    pytest.importorskip("libtpu")
+def plan(tmp_path, capsys, *arguments: str, topology: str = "v5e:2x2") -> dict:
+    pytest.importorskip("libtpu", reason="`make ahead-of-time` installs the compiler for TPUs")
     (tmp_path / "job.gin").write_text(GIN)
     gin = f"--gin_file={tmp_path / 'job.gin'}"
-    assert cli.main(["plan", *arguments, gin, "--topology=v5e:2x2", "--json"]) == 0, capsys.readouterr().err
+    assert cli.main(["plan", *arguments, gin, f"--topology={topology}", "--json"]) == 0, capsys.readouterr().err
     found: dict = json.loads(capsys.readouterr().out)
     return found
 
@@ -43,10 +43,38 @@ def test_an_expert_job_fits_and_keeps_near_the_least(rows_of_a_chip, tmp_path, c
     assert found["memory_traffic"] > found["hbm"]["arguments"]
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_an_owners_step_of_a_larger_model_computes_hardly_more_than_it_must(remat, tmp_path, capsys):
+    sizes = {"width": 2048, "hidden": 8192, "layers": 4, "heads": 16, "kv_heads": 16, "vocab_size": 8192}
+    gin = [f"--gin.ModelConfig.{name}={size}" for name, size in sizes.items()]
+    gin += [f"--gin.RunConfig.{name}={size}" for name, size in {"batch_size": 8, "sequence_length": 2048}.items()]
+    found = plan(tmp_path, capsys, "train-expert", *gin, f"--gin.RunConfig.remat='{remat}'")
+    assert 1 <= found["flops"]["ratio"] <= 1.03
+    recomputed = found["flops"]["recomputed"] / found["flops"]["least"]
+    assert recomputed < 0.03 if remat == "none" else 0.25 < recomputed < 0.6
+    assert found["collectives"]["ratio"] <= 1.2
+
+
 def test_a_merged_model_computes_only_the_chosen_experts(tmp_path, capsys):
     found = plan(tmp_path, capsys, "forward", "--gin.RunConfig.batch_size=8", "--experts=7", "--top_k=5")
     assert found["flops"]["ratio"] <= 1.05 + 0.1  # attention skips whole blocks of keys only
     assert found["collectives"]["ratio"] <= 1.2
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"])
+def test_every_kind_of_chip_is_compiled_for(topology, tmp_path, capsys):
+    options = ["--gin.RunConfig.batch_size=8", "--experts=3", "--top_k=2", "--new_tokens=4"]
+    found = plan(tmp_path, capsys, "generate", *options, topology=topology)
+    assert found["compiled"] and found["fits"] and found["implementation"] in ("dense", "grouped")
+
+
+@pytest.mark.parametrize("topology", ["v5e:3x3", "v5p:3x5x7"])
+def test_a_shape_that_no_slice_has_is_refused(topology, tmp_path, capsys):
+    pytest.importorskip("libtpu", reason="`make ahead-of-time` installs the compiler for TPUs")
+    (tmp_path / "job.gin").write_text(GIN)
+    command = ["plan", "train-expert", f"--gin_file={tmp_path / 'job.gin'}", f"--topology={topology}"]
+    assert cli.main(command) == 2
+    assert f"the TPU compiler knows no topology {topology}" in capsys.readouterr().err
 
 
 def test_what_is_too_large_is_said_to_be(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,7 +77,7 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_road_from_anchor_to_derived_model(place, tmp_path):
+def test_the_road_from_anchor_to_derived_model(place, tmp_path, capsys):
     anchor = place / "anchor/anchor"
     base = read(anchor, "anchor")
     fingerprint = arrays.fingerprint(arrays.digests(checkpoint.load(anchor)[1]))
@@ -84,6 +85,8 @@ def test_the_road_from_anchor_to_derived_model(place, tmp_path):
     contribution = read(tmp_path / "math/contribution", "contribution")
     assert contribution.anchor == base.anchor and contribution.top_k == 2
     assert contribution.gin == "RunConfig.steps = 6"
+    assert contribution.implementation == base.implementation == "dense"
+    assert re.search(r"^ *experts +dense$", capsys.readouterr().err, re.MULTILINE)
     (record,) = contribution.experts
     assert (record.name, record.owner, record.licence, record.tokens_seen) == ("math", "a school", "CC0-1.0", 576)
     assert set(result["calibration"]) >= {"own_loss", "public_loss", "public_preferred", "own_preferred"}
