@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.store import strict_json
 from flexolmo_jax.store.stored import PIECE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -114,7 +115,7 @@ class SafetensorsFile:
         if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise self._malformed(f"its first bytes announce a header of {length:,} bytes in a file of {size:,}")
         try:
-            header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=_without_duplicates)
+            header = strict_json.loads(os.pread(descriptor, length, 8))
         except (ValueError, RecursionError) as error:
             raise self._malformed(f"its header cannot be read: {error}") from error
         if not isinstance(header, dict):
@@ -205,10 +206,3 @@ def _slot(entry: Mapping[str, Any], first: int) -> tuple[Slot, int]:
     if end < begin:
         raise ValueError
     return Slot(code, shape, first + begin), first + end
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return content

@@ -76,8 +76,10 @@ def compress(
     kept = 1.0
     for matrix, (own, publics) in pairs.items():
         layers = [truncate(_difference(own, publics, layer), rank) for layer in range(own.layout.shape[0])]
-        leaves[("experts", record.name, matrix + LEFT)] = np.stack([each.left for each in layers])
-        leaves[("experts", record.name, matrix + RIGHT)] = np.stack([each.right for each in layers])
+        # A merge expands into the factors' dtype, and what it rounds there outweighs what is rounded here.
+        dtype = own.layout.numpy_dtype
+        leaves[("experts", record.name, matrix + LEFT)] = np.stack([each.left.astype(dtype) for each in layers])
+        leaves[("experts", record.name, matrix + RIGHT)] = np.stack([each.right.astype(dtype) for each in layers])
         kept = min(kept, *(each.energy for each in layers))
     params = unflatten(leaves)
     manifest = dataclasses.replace(

@@ -14,8 +14,6 @@ from flexolmo_jax.store.low_rank import LEFT, MATRICES, RIGHT, expand
 from flexolmo_jax.store.manifest import FILE, ExpertRecord, Manifest, check_name, read
 from flexolmo_jax.store.stored import StoredLeaf, check_files, refuse_foreign_files, stored_leaves
 
-_BELONGS = (FILE, signing.SIGNATURE, checkpoint.ARRAYS)
-
 
 @dataclasses.dataclass(frozen=True)
 class Contribution:
@@ -89,7 +87,7 @@ def examine(directory: Path, anchor: Manifest, *, signed_by: Path | None = None)
     Raises:
       UserError: names what is wrong, in one sentence.
     """
-    refuse_foreign_files(directory, _BELONGS)
+    refuse_foreign_files(directory, [FILE, signing.SIGNATURE], [checkpoint.ARRAYS])
     manifest = read(directory, "contribution")
     if manifest.anchor != anchor.anchor:
         raise UserError(
@@ -105,7 +103,7 @@ def examine(directory: Path, anchor: Manifest, *, signed_by: Path | None = None)
     leaves = stored_leaves(directory, manifest)
     check_files(directory, manifest)
     record = manifest.experts[0]
-    if record.contribution or record.signed_by:
+    if record.contribution or record.signed_by or manifest.router_tuned_on:
         raise UserError(f"the manifest of {directory} fills in what a merge fills in")
     if signed_by is not None:
         signer = signing.check(directory, signed_by)

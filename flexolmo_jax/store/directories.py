@@ -79,6 +79,15 @@ def cannot_write(out: Path) -> Iterator[None]:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def cannot_read(directory: Path) -> Iterator[None]:
+    """The same about a directory that is read, or about the file in it that the error names."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or directory}: {error.strerror or error}") from error
+
+
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
     """Raises UserError if `out` is there already and may not be replaced."""
     if out.exists() and not overwrite:

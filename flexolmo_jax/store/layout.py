@@ -7,6 +7,7 @@ So `cat` of the files gives what the manifest's SHA-256 is of, a merge copies a 
 file's name and size follow from shape and dtype: a leaf from a stranger is checked before a byte of it is read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -24,6 +25,7 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.partition import LeafPath
+from flexolmo_jax.store import strict_json
 
 CHUNK_BYTES = 64 * 2**20
 """Largest piece of a leaf in one file. A leaf that is stacked over layers has at least one file per layer."""
@@ -197,7 +199,7 @@ class LeafLayout:
         """The leaf's bytes in order, piece by piece in `buffer` (uint8 [N]), which the next piece overwrites."""
         directory = state / self.directory
         for name in self.files():
-            with open(directory / name, "rb", buffering=0, opener=_without_following_links) as file:
+            with _opened(directory / name) as file:
                 left = self.chunk_bytes
                 while left:
                     block = buffer[:left]
@@ -211,13 +213,13 @@ class LeafLayout:
         flat = one.reshape(-1).view(np.uint8)
         per_layer = math.prod(self.shape[1:]) * self.itemsize // self.chunk_bytes
         for number, name in enumerate(itertools.islice(self.files(), layer * per_layer, (layer + 1) * per_layer)):
-            with open(state / self.directory / name, "rb", buffering=0, opener=_without_following_links) as file:
+            with _opened(state / self.directory / name) as file:
                 _fill(file, flat[number * self.chunk_bytes : (number + 1) * self.chunk_bytes].data)
         return one
 
     def _check_metadata(self, file: Path, status: os.stat_result) -> None:
         try:
-            found = json.loads(file.read_bytes()) if status.st_size <= _LARGEST_METADATA else None
+            found = strict_json.loads(file.read_bytes()) if status.st_size <= _LARGEST_METADATA else None
         except (ValueError, RecursionError):
             found = None
         if found is None or json.dumps(found, sort_keys=True) != json.dumps(self.metadata(), sort_keys=True):
@@ -249,8 +251,18 @@ def regular_files(directory: Path, prefix: str = "") -> Iterator[tuple[str, os.s
                 raise UserError(f"{directory} holds {ascii(entry.name)[:80]}, which is a link or no plain file")
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A plain file to read, as it was when it was checked: no link is followed, and no pipe is waited for."""
+    try:
+        with open(path, "rb", buffering=0, opener=_without_following_links) as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def _without_following_links(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _fill(file: BinaryIO, view: memoryview) -> None:

@@ -5,13 +5,16 @@ A manifest may come from a stranger, so reading one trusts nothing: not its size
 
 import dataclasses
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.config import PUBLIC, ModelConfig
+from flexolmo_jax.store import strict_json
+from flexolmo_jax.store.directories import cannot_read
 from flexolmo_jax.store.layout import DTYPES
 from flexolmo_jax.store.migrations import FORMAT_VERSION, migrate
 
@@ -19,7 +22,10 @@ FILE = "manifest.json"
 KINDS = ("anchor", "contribution", "merged")
 
 LARGEST = 16 * 2**20
-"""Bytes of the largest manifest that is read."""
+"""Bytes of the largest manifest that is read; a model of many experts has many licences."""
+
+LARGEST_OF_CONTRIBUTION = 2**20
+"""The same of a contribution's. Parsed, a stranger's JSON takes up to twenty-five times as much memory."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -100,11 +106,13 @@ def read(directory: Path, *kinds: str) -> Manifest:
     """
     file = directory / FILE
     wanted = " or ".join(kinds) or "model of ours"
-    if not file.is_file():
-        raise UserError(f"{directory} is not {_article(wanted)}: it has no {FILE}")
+    with cannot_read(directory):
+        if not file.is_file():
+            raise UserError(f"{directory} is not {_article(wanted)}: it has no {FILE}")
+        content = _content(file, LARGEST_OF_CONTRIBUTION if kinds == ("contribution",) else LARGEST)
     try:
-        manifest = _parse(file)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError, UserError) as error:
+        manifest = _parse(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{file} is not a manifest that this program can read: {reason}") from error
     if manifest.kind not in (kinds or KINDS):
@@ -121,16 +129,23 @@ def check_name(name: str) -> None:
         )
 
 
-def _parse(file: Path) -> Manifest:
-    if (size := file.stat().st_size) > LARGEST:
-        raise UserError(f"it has {size:,} bytes")
-    text = file.read_text(encoding="utf-8")
-    content = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+def _content(file: Path, largest: int) -> bytes:
+    with file.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > largest:
+            raise UserError(f"{file} is not a manifest: it has {size:,} bytes, and may have {largest:,}")
+        return opened.read(size)
+
+
+def _parse(text: bytes) -> Manifest:
+    content = strict_json.loads(text)
     if not isinstance(content, dict):
         raise UserError("it holds no JSON object")
     content = migrate(content)
     content["model"] = _checked(ModelConfig(**content["model"]))
     content["experts"] = tuple(_checked(ExpertRecord(**record)) for record in content["experts"])
+    if not isinstance(content["router_tuned_on"], list):
+        raise UserError("router_tuned_on must be a list of names")
     content["router_tuned_on"] = tuple(content["router_tuned_on"])
     manifest = _checked(Manifest(**content))
     _check(manifest)
@@ -196,17 +211,6 @@ def _checked(record: Record) -> Record:
             if not all(character.isprintable() or character in "\n\t" for character in text):
                 raise UserError(f"{field.name} holds a character that cannot be printed")
     return record
-
-
-def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> Mapping[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise UserError("it has a field twice")
-    return content
-
-
-def _refuse_constant(name: str) -> None:
-    raise UserError(f"it holds the number {name}")
 
 
 def _article(kind: str) -> str:

@@ -80,7 +80,7 @@ def check(directory: Path, public: Path) -> str:
         signature = base64.b64decode(content["signature"], validate=True)
         if content["algorithm"] != "ed25519":
             raise ValueError("unknown algorithm")
-    except (ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         raise UserError(f"{file} is no signature that this program can read") from error
     try:
         key.verify(signature, _CONTEXT + (directory / FILE).read_bytes())

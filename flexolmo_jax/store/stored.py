@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.partition import LeafPath
 from flexolmo_jax.store import arrays
 from flexolmo_jax.store.checkpoint import ARRAYS, layouts
+from flexolmo_jax.store.directories import cannot_read
 from flexolmo_jax.store.layout import CHUNKS, STATE, LeafLayout
-from flexolmo_jax.store.manifest import Manifest
+from flexolmo_jax.store.manifest import LARGEST, Manifest
 
 PIECE_BYTES = 4 * 2**20
 """What is read at once: large enough for the disk, small enough for the processor's cache while it is checked."""
@@ -117,23 +118,38 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     """Raises UserError unless an artefact's arrays are exactly the files that its leaves need; reads none of them."""
     leaves = stored_leaves(directory, manifest)
     state = directory / ARRAYS / STATE
-    if not state.is_dir():
-        raise UserError(f"{directory} is not complete: it has no {ARRAYS}/{STATE}")
     beside = arrays.SIDECARS + (arrays.SIDECARS_OF_VERSION_1 if manifest.format_version == 1 else ())
-    refuse_foreign_files(directory / ARRAYS, (*(name for name in beside if "/" not in name), STATE))
-    mine = [leaf.layout.directory for leaf in leaves.values()]
-    refuse_foreign_files(state, (*(name.removeprefix(f"{STATE}/") for name in beside if "/" in name), *mine))
-    for leaf in leaves.values():
-        leaf.check_files()
+    beside_leaves = [name.removeprefix(f"{STATE}/") for name in beside if "/" in name]
+    with cannot_read(directory):
+        if not state.is_dir():
+            raise UserError(f"{directory} is not complete: it has no {ARRAYS}/{STATE}")
+        refuse_foreign_files(directory / ARRAYS, [name for name in beside if "/" not in name], [STATE])
+        refuse_foreign_files(state, beside_leaves, [leaf.layout.directory for leaf in leaves.values()])
+        for leaf in leaves.values():
+            leaf.check_files()
 
 
-def refuse_foreign_files(directory: Path, known: tuple[str, ...]) -> None:
-    """Raises UserError if a directory holds a name that it should not, or a known one that is a symbolic link."""
-    if not directory.is_dir():
-        raise UserError(f"{directory} is no directory")
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name not in known:
-                raise UserError(f"{directory} holds {ascii(entry.name)[:80]}, which does not belong there")
-            if entry.is_symlink():
-                raise UserError(f"{directory} holds a link, {entry.name}, which may lead anywhere")
+def refuse_foreign_files(directory: Path, files: Collection[str], directories: Collection[str]) -> None:
+    """Raises UserError if a directory holds anything but these plain files, none of them large, and directories."""
+    with cannot_read(directory):
+        if not directory.is_dir():
+            raise UserError(f"{directory} is no directory")
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                _refuse_foreign(entry, directory, files, directories)
+
+
+def _refuse_foreign(
+    entry: os.DirEntry[str], directory: Path, files: Collection[str], directories: Collection[str]
+) -> None:
+    if entry.name not in (*files, *directories):
+        raise UserError(f"{directory} holds {ascii(entry.name)[:80]}, which does not belong there")
+    if entry.is_symlink():
+        raise UserError(f"{directory} holds a link, {entry.name}, which may lead anywhere")
+    if entry.name in directories:
+        if not entry.is_dir():
+            raise UserError(f"{directory / entry.name} is no directory")
+    elif not entry.is_file():
+        raise UserError(f"{directory / entry.name} is no plain file")
+    elif (size := entry.stat().st_size) > LARGEST:
+        raise UserError(f"{directory / entry.name} has {size:,} bytes, which no such file has")

@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from flexolmo_jax.model.partition import flatten
 from flexolmo_jax.store import checkpoint, contribution, signing
 from flexolmo_jax.store.compression import compress
 from flexolmo_jax.store.low_rank import rank_for_energy, truncate
-from flexolmo_jax.store.manifest import read
+from flexolmo_jax.store.manifest import ExpertRecord, read
 from tests.small import CONFIG, write_anchor, write_contribution, write_corpus
 
 RANK = 3
@@ -175,6 +177,26 @@ def test_full_and_low_rank_merge_together_into_what_the_factors_multiply_to(part
     revise(tmp_path / "code", tmp_path / "both", add=[tmp_path / "small"])
     both = flatten(checkpoint.load(tmp_path / "both")[1])
     assert all(np.array_equal(leaf, merged[path]) for path, leaf in both.items())
+
+
+def test_what_is_in_bfloat16_stays_so(parts, tmp_path):
+    def rounded(leaf):
+        return np.asarray(leaf).astype(ml_dtypes.bfloat16)
+
+    expert = jax.tree.map(rounded, checkpoint.load(parts / "math")[1])
+    record = ExpertRecord(name="math")
+    contribution.write(tmp_path / "math", expert, read(parts / "anchor"), record, top_k=2, gin="")
+    report = compress(tmp_path / "math", parts / "anchor", tmp_path / "small", rank=RANK)
+    assert {leaf["dtype"] for leaf in read(tmp_path / "small").arrays.values()} == {"bfloat16"}
+    assert report.bytes_after < report.bytes_before
+    merge(parts / "anchor", [tmp_path / "small"], tmp_path / "merged")
+    merged = checkpoint.load(tmp_path / "merged")[1]["experts"]
+    for matrix, own in expert["experts"]["math"].items():
+        found = merged["math"][matrix]
+        assert found.dtype == own.dtype
+        difference = own.astype(np.float32) - merged["public"][matrix]
+        lost = found.astype(np.float32) - own.astype(np.float32)
+        assert np.linalg.norm(lost) < 0.02 * np.linalg.norm(difference)
 
 
 def test_a_damaged_factor_ends_the_merge(parts, tmp_path):
