@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from flexolmo_jax.stages import number_of_bytes
 from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.manifest import ExpertRecord, read
 from tests.hf.test_hf_export import assert_same_params
-from tests.hf.test_hf_import_artefacts import foreign
+from tests.hf.test_hf_import_artefacts import assert_same_tensors, foreign, tensors_of
 
 
 def test_digests_are_those_of_the_files(merged, tmp_path):
@@ -256,3 +257,29 @@ def test_a_bfloat16_row_takes_a_bias_up_in_float32(config, names, random_params,
         row = params["router"]["code"]["row"][layer].astype(np.float32)
         assert gate[2, 0] == row[0] + params["router"]["code"]["bias"][layer]
     assert arrays.fingerprint(read(source).arrays)
+
+
+def test_an_overwrite_that_is_cut_short_never_mixes_two_models(config, tmp_path, monkeypatch):
+    """Between the two renames there is no output at all, and the next run completes."""
+    foreign(tmp_path / "old", config, 1, dtype=np.float32, seed=1)
+    new = foreign(tmp_path / "new", config, 1, dtype=np.float32, seed=2)
+    old = import_hf(tmp_path / "old", tmp_path / "a").anchor
+    source = import_hf(tmp_path / "new", tmp_path / "b").anchor
+    export_hf(old, tmp_path / "hf")
+    rename, calls = Path.rename, []
+
+    def cut(path, target):
+        calls.append(path.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", cut)
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(source, tmp_path / "hf", overwrite=True)
+    assert calls == ["hf", ".hf.partial"]
+    assert not (tmp_path / "hf").exists()
+    monkeypatch.setattr(Path, "rename", rename)
+    export_hf(source, tmp_path / "hf")
+    assert_same_tensors(tensors_of(tmp_path / "hf"), new)
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "new", "a", "b", "hf"}

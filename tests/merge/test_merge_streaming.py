@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -226,81 +224,3 @@ def test_merges_that_run_at_once_share_the_work_and_agree(parts, tmp_path):
     # One that starts after another has finished finds the output there.
     assert found and all(each == found[0] for each in found)
     assert all("exists already" in error for error in errors)
-
-
-KILLER = """
-import json, os, signal, sys, time
-from pathlib import Path
-import numpy as np
-from flexolmo_jax.merge import merge
-from flexolmo_jax.store import checkpoint
-from flexolmo_jax.store.layout import LeafLayout
-from flexolmo_jax.store.manifest import read
-from flexolmo_jax.store.stored import stored_leaves
-from flexolmo_jax.model.partition import unflatten
-
-what, parts, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-manifest = read(parts / "merged")
-params = unflatten({path: leaf.read() for path, leaf in stored_leaves(parts / "merged", manifest).items()})
-whole = LeafLayout.write_known
-
-def slowly(self, state, blocks):  # The leaves are small: so a kill finds every stage of the work.
-    time.sleep(0.01)
-    return whole(self, state, blocks)
-
-LeafLayout.write_known = slowly
-
-def work():
-    if what == "save":
-        checkpoint.write(out, params, manifest, overwrite=True)
-    else:
-        merge(parts / "anchor", [parts / name for name in ("math", "code", "law")], out, overwrite=True)
-
-def begin():
-    # A fork is a new process without the seconds that the imports take. Nothing here has started a thread yet.
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-def content(directory):
-    return {str(f.relative_to(directory)): f.read_bytes() for f in directory.rglob("*") if f.is_file()}
-
-right = content(parts / "merged")
-began = time.monotonic()
-assert os.waitpid(begin(), 0)[1] == 0
-usual = time.monotonic() - began
-rng = np.random.default_rng(0)
-killed = absent = 0
-for _ in range(50):
-    child = begin()
-    time.sleep(rng.uniform(0, usual))
-    os.kill(child, signal.SIGKILL)
-    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
-    absent += not out.exists()
-    assert not out.exists() or content(out) == right
-assert os.waitpid(begin(), 0)[1] == 0
-assert content(out) == right
-print(json.dumps({"killed": killed, "absent": absent}))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("what", ["save", "merge"])
-def test_killed_at_any_moment_it_leaves_no_wrong_directory_and_another_run_completes(what, parts, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, what, str(parts), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["killed"] > 25
-    assert nothing_beside(tmp_path / "out")
