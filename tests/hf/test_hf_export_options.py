@@ -19,7 +19,7 @@ from flexolmo_jax.stages import number_of_bytes
 from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.manifest import ExpertRecord, read
 from tests.hf.test_hf_export import assert_same_params
-from tests.hf.test_hf_import_artefacts import foreign
+from tests.hf.test_hf_import_artefacts import assert_same_tensors, foreign, tensors_of
 
 
 def test_digests_are_those_of_the_files(merged, tmp_path):
