@@ -22,7 +22,7 @@ BLOCKS = 512, 128
 
 
 def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
-    """Outputs of all rows, and the activations that the backward pass needs: gate and up, before the nonlinearity."""
+    """Outputs of all rows; and for the backward pass gate and up, before the nonlinearity, as they are stored."""
     width, hidden = experts[0][0].shape
     token = _lengthened(rows.token)
     buffers = tuple(_as_stored(jnp.zeros((len(token), size), x.dtype)) for size in (width, hidden, hidden))
@@ -35,8 +35,8 @@ def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"],
 
     for start, end, expert in _groups(rows, experts):
         buffers = _over_blocks(block, start, end, len(token), buffers, expert)
-    y, *activations = buffers
-    return _as_numbers(y, x.dtype), tuple(activations)
+    y, g, u = buffers
+    return _as_numbers(y, x.dtype), (g, u)
 
 
 def backward(x, cotangent, weights, rows, experts, activations, trained) -> tuple[Any, Any, Any]:
