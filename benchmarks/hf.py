@@ -3,8 +3,8 @@
     python benchmarks/hf.py [--directory DIR] [--gigabytes 6] [--shard 256] [--json FILE]
 
 Makes a synthetic FlexOlmo model of 7 experts in bfloat16 on this disk, copies it with `cp -r`, imports it, exports what
-was imported, and compares the two models' files. Each step runs in a process of its own, whose peak resident memory the
-kernel reports. Needs four times the model's size on the disk, three times if `cp` comes first and goes; all is deleted.
+was imported, and compares the two models' files. Each step runs in a process of its own, once the disk has settled and
+what it will read has been read. Needs free disk of three times `--gigabytes`; all is deleted.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SECONDS_TO_SETTLE = 10
 
 STEP = """
 import json, resource, sys, time
-from flexolmo_jax.memory import keep_what_is_freed
+from flexolmo_jax.memory import keep_what_is_freed, peak
 keep_what_is_freed()  # as the command `flexolmo` begins
 from flexolmo_jax.hf import export_hf, import_hf
 kind, source, out, shard = sys.argv[1:]
@@ -49,7 +49,7 @@ else:
 seconds = time.perf_counter() - began
 used = resource.getrusage(resource.RUSAGE_SELF)
 cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": used.ru_maxrss * 1024}))
+print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak()}))
 """
 
 
@@ -108,13 +108,18 @@ def make(directory: Path, config: ModelConfig, shard_bytes: int) -> int:
     return total
 
 
-def settle() -> None:
-    """Lets every step begin alike: with nothing left to write, and with no memory fresh from a deletion.
+def settle(inputs: Path) -> None:
+    """Lets every step begin alike: nothing left to write, its inputs in the cache, no memory fresh from a deletion.
 
     The host of a virtual machine takes freed pages back after two seconds. Whoever writes before has them for nothing:
     right after a deletion, `cp` of 6 GB took 5 seconds, and 11 to 17 ten seconds later.
     """
     os.sync()
+    for file in sorted(inputs.rglob("*")):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(2**24):
+                    pass
     time.sleep(SECONDS_TO_SETTLE)
 
 
@@ -154,14 +159,17 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {"cp -r": [], "import-hf": [], "export-hf": []}
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         place = Path(scratch)
+        free, needed = shutil.disk_usage(place).free, 3.05e9 * arguments.gigabytes
+        if free < needed:
+            raise SystemExit(f"{place} has {free / 1e9:.0f} GB free, but this takes {needed / 1e9:.0f} GB")
         size = make(place / "theirs", shape(arguments.gigabytes), shard_bytes)
         for repeat in range(arguments.repeats):
-            settle()
+            settle(place / "theirs")
             runs["cp -r"].append(copied(place / "theirs", place / "copy"))
             shutil.rmtree(place / "copy")
-            settle()
+            settle(place / "theirs")
             runs["import-hf"].append(step("import", place / "theirs", place / "ours", shard_bytes))
-            settle()
+            settle(place / "ours/merged")
             runs["export-hf"].append(step("export", place / "ours", place / "back", shard_bytes))
             if repeat == 0:
                 equal = same(place / "theirs", place / "back")

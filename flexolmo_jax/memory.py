@@ -1,7 +1,8 @@
-"""How a process on Linux keeps the memory it has: a setting that the C library reads only at its start."""
+"""The memory of a process on Linux: how much it had at most, and a setting by which it keeps what it has."""
 
 import os
 import sys
+from pathlib import Path
 
 _TUNABLES = "GLIBC_TUNABLES"
 _KEEP = ":".join(
@@ -19,3 +20,13 @@ def keep_what_is_freed() -> None:
     if sys.platform.startswith("linux") and _TUNABLES not in os.environ:
         os.environ[_TUNABLES] = _KEEP
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def peak() -> int:
+    """The most bytes of memory that this process had at once since its program started.
+
+    What `getrusage` says would count the memory of the process that started this one, too.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return 1024 * int(kilobytes)

@@ -21,6 +21,7 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.store import strict_json
+from flexolmo_jax.store.layout import WRITE_BYTES
 from flexolmo_jax.store.stored import PIECE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -168,7 +169,7 @@ def write(
                 piece, view = view[:PIECE_BYTES], view[PIECE_BYTES:]
                 pending = thread.submit(running.update, piece)
                 while piece:
-                    piece = piece[target.write(piece) :]
+                    piece = piece[target.write(piece[:WRITE_BYTES]) :]
                 pending.result()
 
         put(header_bytes(tensors))
