@@ -98,9 +98,10 @@ def assert_same_tensors(found: dict, expected: dict) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_round_trips_are_bit_exact(kind, tied, dtype, config, tmp_path):
-    names = SHAPES[kind]
+def test_round_trips_are_bit_exact(kind, kv_heads, tied, dtype, config, tmp_path):
+    names, config = SHAPES[kind], dataclasses.replace(config, kv_heads=kv_heads)
     tensors = foreign(tmp_path / "theirs", config, len(names), dtype=dtype, tied=tied)
     done = import_hf(tmp_path / "theirs", tmp_path / "ours", names=names)
     home = done.merged or done.anchor
