@@ -287,7 +287,7 @@ def test_a_snapshot_of_the_cache_is_read_through_its_links(config, tmp_path):
 def test_olmo_core_mixtures(dropless, config, names, random_params, tmp_path):
     """Independent of our map: the tensors are laid out as OLMo-core's modules declare them."""
     params = random_params(config, names, bias=1.0)
-    tensors = _olmo_core_shared(params, config)
+    tensors = olmo_core_shared(params, config)
     for layer in range(config.layers):
         moe = f"blocks.{layer}.feed_forward_moe."
         experts = [
@@ -303,7 +303,7 @@ def test_olmo_core_mixtures(dropless, config, names, random_params, tmp_path):
         tensors[f"{moe}router.batch_size_per_expert"] = np.zeros(3, np.int64)
     moe = {"name": "dropless" if dropless else "default", "num_experts": 3, "hidden_size": config.hidden}
     moe["router"] = {"name": "with_expert_bias", "top_k": 2}
-    _write_olmo_core(tmp_path / "core", config, tensors, {"feed_forward_moe": moe, "name": "moe_reordered_norm"})
+    write_olmo_core(tmp_path / "core", config, tensors, {"feed_forward_moe": moe, "name": "moe_reordered_norm"})
     model = read_hf(tmp_path / "core", names=names)
     assert (model.config, model.top_k) == (config, 2)
     assert_same_params(model.params, params)
@@ -314,13 +314,13 @@ def test_olmo_core_mixtures(dropless, config, names, random_params, tmp_path):
 
 def test_olmo_core_dense_models_in_a_folder_of_files(config, random_params, tmp_path):
     params = random_params(config, ["public"])
-    tensors = _olmo_core_shared(params, config)
+    tensors = olmo_core_shared(params, config)
     for layer in range(config.layers):
         for tensor, matrix in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
             leaf = params["experts"]["public"][matrix][layer]
             tensors[f"blocks.{layer}.feed_forward.{tensor}.weight"] = np.ascontiguousarray(leaf.T)
     block = {"feed_forward": {"hidden_size": config.hidden}, "name": "reordered_norm"}
-    _write_olmo_core(tmp_path / "core", config, tensors, block)
+    write_olmo_core(tmp_path / "core", config, tensors, block)
     (tmp_path / "core" / "model.safetensors").unlink()
     (tmp_path / "core" / "model").mkdir()
     for name, tensor in tensors.items():
@@ -349,12 +349,12 @@ def test_olmo_core_dense_models_in_a_folder_of_files(config, random_params, tmp_
 )
 def test_olmo_core_configurations_that_are_refused(changes, message, config, tmp_path):
     block = {"feed_forward": {"hidden_size": config.hidden}, "name": "reordered_norm"} | changes
-    _write_olmo_core(tmp_path / "core", config, {"a": np.ones(1, np.float32)}, block)
+    write_olmo_core(tmp_path / "core", config, {"a": np.ones(1, np.float32)}, block)
     with pytest.raises(UserError, match=message):
         read_hf(tmp_path / "core")
 
 
-def _olmo_core_shared(params: dict, config: ModelConfig) -> dict:
+def olmo_core_shared(params: dict, config: ModelConfig) -> dict:
     anchor = params["anchor"]
     tensors = {
         "embeddings.weight": anchor["embed"],
@@ -372,7 +372,7 @@ def _olmo_core_shared(params: dict, config: ModelConfig) -> dict:
     return tensors
 
 
-def _write_olmo_core(directory, config: ModelConfig, tensors: dict, block: dict) -> None:
+def write_olmo_core(directory, config: ModelConfig, tensors: dict, block: dict) -> None:
     directory.mkdir()
     save_file(tensors, directory / "model.safetensors")
     attention = {"n_heads": config.heads, "n_kv_heads": config.kv_heads, "qk_norm": {"name": "rms"}}
