@@ -21,7 +21,6 @@ import functools
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from flexolmo_jax.memory import keep_what_is_freed
+from flexolmo_jax.memory import keep_what_is_freed, peak
 
 COMPILED, IN_PIECES = " compiled", " in pieces"
 FORMS = "eager", "grouped_mm", f"eager{COMPILED}", f"grouped_mm{COMPILED}"
@@ -190,7 +189,7 @@ def serve(directory: Path, job: str, dtype: str, rows: int, length: int, experts
         begin = time.perf_counter()
         program()
         print(time.perf_counter() - begin, flush=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+    print(peak(), flush=True)
 
 
 def take_turns(commands: list[list[str]], repeats: int) -> list[tuple[float, int]]:
