@@ -3,8 +3,9 @@
     python benchmarks/hf.py [--directory DIR] [--gigabytes 6] [--shard 256] [--json FILE]
 
 Makes a synthetic FlexOlmo model of 7 experts in bfloat16 on this disk, copies it with `cp -r`, imports it, exports what
-was imported, and compares the two models' files. Each step runs in a process of its own, once the disk has settled and
-what it will read has been read. Needs free disk of three times `--gigabytes`; all is deleted.
+was imported, and compares the two models' files. Each step runs in a process of its own and finds the same: theirs and
+ours are there and have been read, and what the step before wrote is gone. The steps take turns at being the first.
+Needs free disk of three times `--gigabytes`; all is deleted.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -108,14 +110,14 @@ def make(directory: Path, config: ModelConfig, shard_bytes: int) -> int:
     return total
 
 
-def settle(inputs: Path) -> None:
-    """Lets every step begin alike: nothing left to write, its inputs in the cache, no memory fresh from a deletion.
+def settle(*inputs: Path) -> None:
+    """Lets every step begin alike: nothing left to write, all inputs in the cache, no memory fresh from a deletion.
 
     The host of a virtual machine takes freed pages back after two seconds. Whoever writes before has them for nothing:
     right after a deletion, `cp` of 6 GB took 5 seconds, and 11 to 17 ten seconds later.
     """
     os.sync()
-    for file in sorted(inputs.rglob("*")):
+    for file in sorted(file for directory in inputs for file in directory.rglob("*")):
         if file.is_file():
             with file.open("rb", buffering=0) as opened:
                 while opened.read(2**24):
@@ -156,25 +158,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the result to")
     arguments = parser.parse_args()
     shard_bytes = arguments.shard * 2**20
-    runs: dict[str, list[dict[str, float]]] = {"cp -r": [], "import-hf": [], "export-hf": []}
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
         place = Path(scratch)
         free, needed = shutil.disk_usage(place).free, 3.05e9 * arguments.gigabytes
         if free < needed:
             raise SystemExit(f"{place} has {free / 1e9:.0f} GB free, but this takes {needed / 1e9:.0f} GB")
         size = make(place / "theirs", shape(arguments.gigabytes), shard_bytes)
+        step("import", place / "theirs", place / "ours", shard_bytes)
+        out = place / "out"
+        ways: dict[str, Callable[[], dict[str, float]]] = {
+            "cp -r": lambda: copied(place / "theirs", out),
+            "import-hf": lambda: step("import", place / "theirs", out, shard_bytes),
+            "export-hf": lambda: step("export", place / "ours", out, shard_bytes),
+        }
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for repeat in range(arguments.repeats):
-            settle(place / "theirs")
-            runs["cp -r"].append(copied(place / "theirs", place / "copy"))
-            shutil.rmtree(place / "copy")
-            settle(place / "theirs")
-            runs["import-hf"].append(step("import", place / "theirs", place / "ours", shard_bytes))
-            settle(place / "ours/merged")
-            runs["export-hf"].append(step("export", place / "ours", place / "back", shard_bytes))
-            if repeat == 0:
-                equal = same(place / "theirs", place / "back")
-            shutil.rmtree(place / "ours")
-            shutil.rmtree(place / "back")
+            for turn in range(len(ways)):
+                name = list(ways)[(turn + repeat) % len(ways)]
+                settle(place / "theirs", place / "ours")
+                runs[name].append(ways[name]())
+                if name == "export-hf" and repeat == 0:
+                    equal = same(place / "theirs", out)
+                shutil.rmtree(out)
     seconds = {name: statistics.median(run["seconds"] for run in each) for name, each in runs.items()}
     peaks = {name: max(run["peak"] for run in each) for name, each in runs.items()}
     rows = {

@@ -58,6 +58,7 @@ class Progress:
         self._seconds_between_lines = seconds_between_lines
         self._began = time.monotonic()
         self._last_line = -float("inf")
+        self._last_step: int | None = None
         console = _console()
         self._bar = _bar(console) if console.is_terminal else None
         if self._bar is not None:
@@ -84,9 +85,10 @@ class Progress:
             self._bar.update(self._task, completed=step, metrics="  ".join(shown))
             return
         now = time.monotonic()
-        if step < self._total and now - self._last_line < self._seconds_between_lines:
+        too_soon = step < self._total and now - self._last_line < self._seconds_between_lines
+        if too_soon or step == self._last_step:
             return
-        self._last_line = now
+        self._last_line, self._last_step = now, step
         if step < self._total:
             shown.append(f"{_clock(self._seconds_left(step, now))} left")
         print("  ".join([f"{self._title}  {step:,}/{self._total:,}", *shown]), file=sys.stderr, flush=True)

@@ -160,7 +160,7 @@ def test_pairs_become_one_dict(run, monkeypatch):
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
     with terminal.Progress("pretrain", total=100, first=10, seconds_between_lines=1e9) as progress:
-        for step in range(20, 101, 10):
+        for step in [*range(20, 101, 10), 100]:  # the last one twice, as where a step is a megabyte
             progress.update(step, loss=1.5, tokens_per_second=12_345.6, grad_norm=1.0)
     out, err = capsys.readouterr()
     first, last = err.splitlines()

@@ -94,11 +94,22 @@ def read(file: Path) -> Report:
 def machine() -> dict[str, Any]:
     """What a timing depends on beside the programs: processor, cores, system, and how busy the machine is now."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "load": os.getloadavg()[0],
     }
+
+
+def _processor() -> str:
+    """Its name and, of the instructions that matrix products live on, those it has."""
+    try:
+        fields = (line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
+        known = {name.strip(): value.strip() for name, _, value in fields}
+        has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in known["flags"].split()]
+        return ", ".join([known["model name"], *has])
+    except (OSError, KeyError):  # not Linux, or not x86
+        return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
