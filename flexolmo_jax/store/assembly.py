@@ -188,7 +188,8 @@ def assemble(
             with held(work):
                 return assembly.run(writers, memory_budget // writers)
         except (UserError, OSError) as error:
-            if isinstance(error, FileNotFoundError) and out.exists():  # The work directory went while this one worked.
+            gone = not work.exists()  # Another who worked here has finished, or given up.
+            if isinstance(error, FileNotFoundError) and (gone or out.exists()):
                 return assembly.finished_by_another()
             _remove(work)
             raise
@@ -231,9 +232,10 @@ class _Assembly:
     def _outline(self) -> None:
         with self._locked("outline", wait=True):
             if not (self._arrays / STATE).exists():
-                # Receipts without it are those of a result that was put in place by a process killed right after.
-                shutil.rmtree(self._work / _RECEIPTS)
-                (self._work / _RECEIPTS).mkdir()
+                # Receipts without it are those of a result that was put in place by a process killed right after. Their
+                # directory stays: others who begin now rely on it.
+                for receipt in (self._work / _RECEIPTS).iterdir():
+                    receipt.unlink(missing_ok=True)
                 fresh = self._work / "outline"
                 shutil.rmtree(fresh, ignore_errors=True)
                 arrays.outline(fresh, self._sources)

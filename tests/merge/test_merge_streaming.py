@@ -206,10 +206,12 @@ def test_what_another_merge_left_behind_is_swept_away(parts, tmp_path, monkeypat
     assert nothing_beside(tmp_path / "merged")
 
 
-def test_merges_that_run_at_once_share_the_work_and_agree(parts, tmp_path):
-    found, errors = [], []
+@pytest.mark.parametrize("time", range(5))  # Where two meet differs from time to time.
+def test_merges_that_run_at_once_share_the_work_and_agree(parts, tmp_path, time):
+    found, errors, together = [], [], threading.Barrier(4)
 
     def run():
+        together.wait()
         try:
             found.append(merge_all(parts, tmp_path / "merged", writers=2))
         except UserError as error:
@@ -223,4 +225,4 @@ def test_merges_that_run_at_once_share_the_work_and_agree(parts, tmp_path):
     assert content(tmp_path / "merged") == content(parts / "merged") and nothing_beside(tmp_path / "merged")
     # One that starts after another has finished finds the output there.
     assert found and all(each == found[0] for each in found)
-    assert all("exists already" in error for error in errors)
+    assert [error for error in errors if "exists already" not in error] == []
