@@ -22,6 +22,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from settling import settle
 
 from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.hf import safetensors_file
@@ -34,7 +35,6 @@ from flexolmo_jax.terminal import table
 NAMES = ("public", *(f"owner-{number}" for number in range(1, 7)))
 REPEATS = 3
 GIB = 2**30
-SECONDS_TO_SETTLE = 10
 
 STEP = """
 import json, resource, sys, time
@@ -108,21 +108,6 @@ def make(directory: Path, config: ModelConfig, shard_bytes: int) -> int:
     }
     (directory / "config.json").write_text(json.dumps(content))
     return total
-
-
-def settle(*inputs: Path) -> None:
-    """Lets every step begin alike: nothing left to write, all inputs in the cache, no memory fresh from a deletion.
-
-    The host of a virtual machine takes freed pages back after two seconds. Whoever writes before has them for nothing:
-    right after a deletion, `cp` of 6 GB took 5 seconds, and 11 to 17 ten seconds later.
-    """
-    os.sync()
-    for file in sorted(file for directory in inputs for file in directory.rglob("*")):
-        if file.is_file():
-            with file.open("rb", buffering=0) as opened:
-                while opened.read(2**24):
-                    pass
-    time.sleep(SECONDS_TO_SETTLE)
 
 
 def copied(source: Path, out: Path) -> dict[str, float]:

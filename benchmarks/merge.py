@@ -15,7 +15,6 @@ times `--gigabytes`; where there is less memory, it is left out, and the result 
 import argparse
 import dataclasses
 import json
-import os
 import re
 import resource
 import shutil
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from settling import settle
 
 from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.memory import keep_what_is_freed, peak
@@ -42,7 +42,6 @@ from flexolmo_jax.terminal import say, table
 
 NAMES = ("math", "code", "news", "law", "art", "sea")
 GIB = 2**30
-SECONDS_TO_SETTLE = 10
 
 OFFICIAL_MEMORY = 1.5
 """What the official way takes, as a multiple of the merged model's bytes."""
@@ -184,20 +183,6 @@ def _start(way: str, scratch: Path, budget: int) -> str:
     if done.returncode:
         raise SystemExit(f"{way}: {done.stderr}")
     return done.stdout
-
-
-def settle(inputs: Path) -> None:
-    """Lets every way begin alike: nothing left to write, its inputs in the cache, no memory fresh from a deletion.
-
-    The host of a virtual machine takes freed pages back after two seconds. Whoever writes before has them for nothing.
-    """
-    os.sync()
-    for file in sorted(inputs.rglob("*")):
-        if file.is_file():
-            with file.open("rb", buffering=0) as opened:
-                while opened.read(2**24):
-                    pass
-    time.sleep(SECONDS_TO_SETTLE)
 
 
 def run_one(way: str, scratch: Path, budget: int) -> None:

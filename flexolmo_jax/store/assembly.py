@@ -188,8 +188,8 @@ def assemble(
             with held(work):
                 return assembly.run(writers, memory_budget // writers)
         except (UserError, OSError) as error:
-            gone = not work.exists()  # Another who worked here has finished, or given up.
-            if isinstance(error, FileNotFoundError) and (gone or out.exists()):
+            # Another who worked here has finished, or given up.
+            if isinstance(error, FileNotFoundError) and (out.exists() or not work.exists()):
                 return assembly.finished_by_another()
             _remove(work)
             raise

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.merge import merge, revise
 from flexolmo_jax.model.partition import flatten
-from flexolmo_jax.store import checkpoint
+from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.layout import LeafLayout
 from flexolmo_jax.store.manifest import read
 from tests.small import write_anchor, write_contribution
@@ -193,6 +193,40 @@ def test_receipts_of_a_result_that_is_in_place_already_are_void(parts, tmp_path,
     assert content(tmp_path / "merged") == content(parts / "merged") and nothing_beside(tmp_path / "merged")
 
 
+def test_one_that_begins_leaves_others_their_directory_of_receipts(parts, tmp_path, monkeypatch):
+    opened, outline = [], arrays.outline
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def watched(*arguments):
+        assert os.listdir(opened[0]) == [] and os.fstat(opened[0]).st_nlink > 0
+        outline(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays, "outline", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            merge_all(parts, tmp_path / "merged")
+    (receipts,) = tmp_path.glob(".merged.merging-*/receipts")
+    (receipts / "experts.law.gate").write_text("void")
+    opened.append(os.open(receipts, os.O_RDONLY))
+    monkeypatch.setattr(arrays, "outline", watched)
+    merge_all(parts, tmp_path / "merged")
+    os.close(opened[0])
+    assert content(tmp_path / "merged") == content(parts / "merged")
+
+
+def test_one_whose_work_another_gave_up_says_so(parts, tmp_path, monkeypatch):
+    def given_up(directory, _):
+        shutil.rmtree(directory.parent)
+        raise FileNotFoundError(directory)
+
+    monkeypatch.setattr(arrays, "outline", given_up)
+    with pytest.raises(UserError, match="was given up by another process"):
+        merge_all(parts, tmp_path / "merged")
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_another_merge_left_behind_is_swept_away(parts, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
@@ -206,8 +240,8 @@ def test_what_another_merge_left_behind_is_swept_away(parts, tmp_path, monkeypat
     assert nothing_beside(tmp_path / "merged")
 
 
-@pytest.mark.parametrize("time", range(5))  # Where two meet differs from time to time.
-def test_merges_that_run_at_once_share_the_work_and_agree(parts, tmp_path, time):
+@pytest.mark.parametrize("attempt", range(5))  # Where two meet differs from time to time.
+def test_merges_that_run_at_once_share_the_work_and_agree(parts, tmp_path, attempt):
     found, errors, together = [], [], threading.Barrier(4)
 
     def run():
