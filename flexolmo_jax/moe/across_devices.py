@@ -59,7 +59,7 @@ def _spread(body: Callable, gathered: tuple[str, ...], tokens: tuple, experts: S
     count, pieces = tokens[0].shape[0], math.prod(axes[axis] for axis in BATCH_AXES)
     missing = -count % pieces
     if missing:
-        tokens = jax.tree.map(lambda a: jnp.pad(a, ((0, missing), (0, 0))), tokens)
+        tokens = jax.tree.map(functools.partial(_with_padding, rows=missing, no_expert=len(experts)), tokens)
 
     def gather(weight, width: int):
         for axis, dimension in (("fsdp", width), ("expert", 1 - width)):
@@ -84,3 +84,8 @@ def _spread(body: Callable, gathered: tuple[str, ...], tokens: tuple, experts: S
     spread = jax.shard_map(on_a_device, in_specs=(_TOKENS, specs), out_specs=_TOKENS, check_vma=False)
     found = spread(tokens, list(experts))
     return jax.tree.map(lambda a: a[:count], found) if missing else found
+
+
+def _with_padding(a: Shaped[Array, "T _"], rows: int, no_expert: int) -> Shaped[Array, "_ _"]:
+    """More rows of zeros, or of choices of no expert: of all choices of one expert, `ragged` has no room for so many."""
+    return jnp.pad(a, ((0, rows), (0, 0)), constant_values=no_expert if jnp.issubdtype(a.dtype, jnp.integer) else 0)

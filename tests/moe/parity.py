@@ -123,6 +123,8 @@ EDGES = [
     Case(tokens=40, width=8, hidden=16, experts=5, top_k=3, popular=5, masked=0.5),
     Case(tokens=13, width=8, hidden=16, experts=3, top_k=2, popular=3, masked=1.0),
     Case(tokens=1, width=8, hidden=16, experts=3, top_k=2, popular=3),
+    # On eight devices four rows are padding, all on the last one.
+    Case(tokens=36, width=8, hidden=8, experts=5, top_k=4, popular=4),
 ]
 """Experts that divide no axis, fewer experts than devices, empty and uneven groups, masks, one token."""
 
