@@ -87,5 +87,5 @@ def _spread(body: Callable, gathered: tuple[str, ...], tokens: tuple, experts: S
 
 
 def _with_padding(a: Shaped[Array, "T _"], rows: int, no_expert: int) -> Shaped[Array, "_ _"]:
-    """More rows of zeros, or of choices of no expert: of all choices of one expert, `ragged` has no room for so many."""
+    """More rows: of zeros, or of choices of no expert, as `ragged` has no room for so many that choose the same one."""
     return jnp.pad(a, ((0, rows), (0, 0)), constant_values=no_expert if jnp.issubdtype(a.dtype, jnp.integer) else 0)
