@@ -94,7 +94,7 @@ def ours(directory: Path, job: str, dtype: str, rows: int, length: int) -> Calla
     from flexolmo_jax.model.partition import belongs_to_expert, split
     from flexolmo_jax.train.frozen import in_compute_dtype
     from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig, language_modelling
-    from flexolmo_jax.train.step import TrainState, make_step
+    from flexolmo_jax.train.step import TrainState, jit_step, make_step
 
     model = read_hf(directory)
     tokens = draw_tokens(rows, length)
@@ -118,8 +118,8 @@ def ours(directory: Path, job: str, dtype: str, rows: int, length: int) -> Calla
         return language_modelling(model, batch.rows, weights["text"], objective, top_k=2)[:2]
 
     weigh, pieces = LanguageModelling(objective).weigh, rows // PIECE if job == "expert" else 1
-    step = jax.jit(make_step(build, weigh, loss, optimizer, accumulation=pieces), donate_argnums=0)
     state = TrainState(trained, optimizer.init(trained))
+    step = jit_step(make_step(build, weigh, loss, optimizer, accumulation=pieces), state)
     batch = jax.tree.map(jnp.asarray, Batch(packed, np.zeros(rows, np.int32)))
 
     def once():

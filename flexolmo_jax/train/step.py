@@ -10,6 +10,7 @@ import optax
 from flexolmo_jax.data.reading import Batch
 from flexolmo_jax.model.partition import join
 from flexolmo_jax.model.transformer import Build, Transformer
+from flexolmo_jax.products import BY_ONEDNN
 
 Weights = dict[str, jax.Array]
 """By the name of a part of the loss: [B, S], the weight of every token in it, over a whole batch."""
@@ -40,7 +41,10 @@ def jit_step(step: Step, state: TrainState) -> Callable:
       step: what `make_step` returned.
       state: arrays, or `jax.ShapeDtypeStruct`s with shardings.
     """
-    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
+    options = BY_ONEDNN if device.platform == "cpu" else None
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
 def unconstrained(params: dict) -> dict:

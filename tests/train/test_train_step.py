@@ -16,7 +16,7 @@ from flexolmo_jax.model.partition import belongs_to_expert, belongs_to_router, f
 from flexolmo_jax.train.expert_objective import DECOY, FOREIGN, OWN, ExpertTraining, RestraintConfig
 from flexolmo_jax.train.objective import LanguageModelling, ObjectiveConfig
 from flexolmo_jax.train.optimizer import OptimizerConfig
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.step import TrainState, jit_step, make_step
 from flexolmo_jax.train.token_losses import token_losses
 from tests.small import CONFIG, random_params
 
@@ -42,8 +42,8 @@ def parts(predicate=lambda path: belongs_to_expert(path, "math")):
 def run(task, batch, *, predicate=lambda path: belongs_to_expert(path, "math"), steps=1, **options):
     trainable, frozen = parts(predicate)
     optimizer = OPTIMIZER.build(10)
-    step = jax.jit(make_step(BUILD, task.weigh, task.loss, optimizer, **options))
     state = TrainState(trainable, optimizer.init(trainable))
+    step = jit_step(make_step(BUILD, task.weigh, task.loss, optimizer, **options), state)
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
     return state, frozen, metrics
