@@ -270,11 +270,11 @@ def product_flops(dtype: str, rows: int, length: int) -> dict[str, float]:
     import jax.numpy as jnp
     import torch
 
-    from flexolmo_jax.products import BY_ONEDNN, project
+    from flexolmo_jax.products import compiler_options, project
 
     m, k, n = rows * length, SHAPE["hidden_size"], SHAPE["intermediate_size"]
     a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
-    forward, step = jax.jit(project), jax.jit(project, compiler_options=BY_ONEDNN)
+    forward, step = jax.jit(project), jax.jit(project, compiler_options=compiler_options("cpu"))
     their_a, their_b = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((m, k), (k, n)))
     products = {
         "forward": lambda: jax.block_until_ready(forward(a, b)),
@@ -351,8 +351,7 @@ def main() -> None:
     checks = judge(rows, ceilings, {job: speeds["peer"] * per_flop[job] for job in jobs})
     for name, check in checks.items():
         print(f"{'ok  ' if check['ok'] else 'MISS'} {name}: {check['value']} (target {check['target']})", end="")
-        ceilings_of = [f", {key} {number}" for key, number in check.items() if key.startswith("ceiling")]
-        print("".join(ceilings_of))
+        print(*(f", {name} {value}" for name, value in check.items() if name.startswith("ceiling")), sep="")
     if arguments.json:
         products = {name: round(speed / 1e9) for name, speed in speeds.items()}
         products = {"product GFLOP/s": products, "ceilings in tokens/s": {job: round(c) for job, c in ceilings.items()}}

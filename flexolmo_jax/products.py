@@ -3,11 +3,13 @@
 XLA multiplies 16-bit matrices on CPU at the speed of 32-bit ones: it widens them first. Only a product of plain
 matrices, the first cut along its rows and the sum written in float32, goes to the processor's own instructions for
 16 bits, with AMX four to five times as fast. Automatic differentiation asks for other products, so the backward pass is
-written out. Where 32 bits are multiplied, a training step asks for oneDNN's products. TPUs and GPUs need nothing of
+written out. For 32 bits the compiler has options that are faster than its own choice. TPUs and GPUs need nothing of
 this.
 
 Axis legend: `T` rows, `I` inputs, `O` outputs.
 """
+
+from platform import machine
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +21,21 @@ from flexolmo_jax.parallel.current import platform
 KEPT = "product"
 """The name of results for policies of rematerialisation, which do not see the product itself in what is written out."""
 
-BY_ONEDNN = {
+BY_ONEDNN: dict[str, bool | str] = {
     "xla_cpu_use_onednn": True,
     "xla_cpu_experimental_onednn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
 }
-"""Options of `jax.jit` on CPU. Without them most products of 32 bits are YNNPACK's there, which leaves the second
-factor as it lies: with AVX-512 a training step took about a tenth longer. Products of 16 bits stay with YNNPACK."""
+"""Products of 32 bits by oneDNN. Most are YNNPACK's otherwise, which leaves the second factor as it lies: with AVX-512
+a large one ran at 146 GFLOP/s, and by oneDNN at 164 (`benchmarks/results/train_step_avx512.json`). Those of 16 bits
+stay with YNNPACK."""
 
 ROWS_TOGETHER = 8
 """Rows that `transposed` moves as one: XLA would fold a plain transpose into the product, and then widen it."""
+
+
+def compiler_options(device: str) -> dict[str, bool | str] | None:
+    """Options of `jax.jit` for a program of many products on devices of this kind: "cpu", "gpu" or "tpu"."""
+    return BY_ONEDNN if device == "cpu" and machine() == "x86_64" else None
 
 
 def project(x: Float[Array, "*T I"], w: Float[Array, "I O"]) -> Float[Array, "*T O"]:

@@ -1,13 +1,13 @@
 """Products beside float64 NumPy, with their gradients, in 16 and in 32 bits; and what XLA makes of them on CPU."""
 
-import platform
+from platform import machine
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.products import BY_ONEDNN, project, project_back, project_wide, sum_of_outer, transposed
+from flexolmo_jax.products import compiler_options, project, project_back, project_wide, sum_of_outer, transposed
 
 ROUNDED = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}
 """Of the largest number of a result: sums are float32, and factors and results are rounded to the dtype."""
@@ -76,7 +76,7 @@ def test_gradients_are_multiplied_in_as_many_bits_as_a_plain_product():
     assert factors_of_products(jax.grad(loss, argnums=(0, 1)), x, w) == 3 * factors_of_products(plain, x, w)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="XLA has oneDNN on x86 alone")
+@pytest.mark.skipif(machine() != "x86_64", reason="oneDNN is asked for on x86 alone")
 def test_products_of_32_bits_are_by_onednn_where_asked_for():
     x, w, d_y = draw(0, 256, 128), draw(1, 128, 64), draw(2, 256, 64)
 
@@ -84,8 +84,13 @@ def test_products_of_32_bits_are_by_onednn_where_asked_for():
         y, pull = jax.vjp(project, x, w)
         return y, *pull(d_y)
 
-    compiled = jax.jit(all_three, compiler_options=BY_ONEDNN).lower(x, w, d_y).compile()
+    compiled = jax.jit(all_three, compiler_options=compiler_options("cpu")).lower(x, w, d_y).compile()
     assert compiled.as_text().count("__onednn_fusion") == 3
     exact = exactly(x) @ exactly(w), exactly(d_y) @ exactly(w).T, exactly(x).T @ exactly(d_y)
     for found, expected in zip(compiled(x, w, d_y), exact, strict=True):
         near(found, expected, jnp.float32)
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_other_devices_have_no_options_of_the_cpus(device):
+    assert compiler_options(device) is None

@@ -10,7 +10,7 @@ import optax
 from flexolmo_jax.data.reading import Batch
 from flexolmo_jax.model.partition import join
 from flexolmo_jax.model.transformer import Build, Transformer
-from flexolmo_jax.products import BY_ONEDNN
+from flexolmo_jax.products import compiler_options
 
 Weights = dict[str, jax.Array]
 """By the name of a part of the loss: [B, S], the weight of every token in it, over a whole batch."""
@@ -42,8 +42,8 @@ def jit_step(step: Step, state: TrainState) -> Callable:
       state: arrays, or `jax.ShapeDtypeStruct`s with shardings.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
-    options = BY_ONEDNN if device.platform == "cpu" else None
+    # The devices are the state's: there may be no mesh in force yet, as there is when the step is traced.
+    options = compiler_options(next(iter(jax.tree.leaves(shardings)[0].device_set)).platform)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 

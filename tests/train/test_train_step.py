@@ -1,6 +1,7 @@
 """The step: only the owner's part is differentiated, accumulation changes nothing, and the formulas hold."""
 
 import dataclasses
+from platform import machine
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,15 @@ def run(task, batch, *, predicate=lambda path: belongs_to_expert(path, "math"), 
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
     return state, frozen, metrics
+
+
+@pytest.mark.skipif(machine() != "x86_64", reason="oneDNN is asked for on x86 alone")
+def test_a_step_on_cpu_has_the_products_of_onednn():
+    trainable, frozen = parts()
+    optimizer = OPTIMIZER.build(10)
+    state = TrainState(trainable, optimizer.init(trainable))
+    step = jit_step(make_step(BUILD, TASK.weigh, TASK.loss, optimizer), state)
+    assert "__onednn_fusion" in step.lower(state, frozen, batch_of()).compile().as_text()
 
 
 def test_optimizer_state_holds_the_trainable_parameters_alone():
