@@ -3,7 +3,8 @@
 `jax.lax.ragged_dot` multiplies every row with every expert there. Here a loop whose length is the number of rows that
 an expert has, known only when the program runs, takes blocks of a fixed size, and a second loop smaller ones for the
 rest. The last block of an expert reaches into rows of the next one, which writes them after it; the last expert's
-reaches beyond the end, so buffers are longer by a small block. What is temporary is bounded by rows, not by experts.
+reaches beyond the end, so buffers are longer by what a block may lack. What is temporary is bounded by rows, not by
+experts.
 
 Axis legend: `N` rows of a block; otherwise see `flexolmo_jax.moe.sorting`.
 """
@@ -17,8 +18,11 @@ from jaxtyping import Array, Float
 from flexolmo_jax.moe.swiglu import activate, activate_with_slopes
 from flexolmo_jax.products import project, project_back, sum_of_outer
 
-BLOCKS = 512, 128
+BLOCKS = 1024, 128
 """Rows at a time, and for what is left: large blocks multiply at full speed, and small ones waste little at the end."""
+
+MOST_LACKING = BLOCKS[0] // 4
+"""Rows that a large block may lack: computing them is then cheaper than small blocks would be. A small one may too."""
 
 
 def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
@@ -87,10 +91,10 @@ def _groups(rows, experts):
 
 
 def _over_blocks(block, start, end, length: int, carry, expert):
-    """`block` over all rows of an expert: of the larger size while they fill it, and then of the smaller one."""
+    """`block` over all rows of an expert: of the larger size while they nearly fill it, and then of the smaller one."""
     large, small = BLOCKS
     at = start
-    for size, reach in ((large, large), (small, 1)):
+    for size, reach in ((large, large - MOST_LACKING), (small, 1)):
         if size > length:
             continue
 
@@ -106,7 +110,7 @@ def _over_blocks(block, start, end, length: int, carry, expert):
 
 
 def _lengthened(a: Array) -> Array:
-    return jnp.pad(a, [(0, BLOCKS[-1])] + [(0, 0)] * (a.ndim - 1))
+    return jnp.pad(a, [(0, MOST_LACKING)] + [(0, 0)] * (a.ndim - 1))
 
 
 def _cut(a: Array, start, size: int) -> Array:

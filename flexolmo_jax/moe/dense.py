@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.moe.across_devices import with_gathered_weights
+from flexolmo_jax.moe.mixing import weighted_sum
 from flexolmo_jax.moe.swiglu import activate
 from flexolmo_jax.parallel.current import mesh_axes
 from flexolmo_jax.products import project
@@ -43,8 +44,8 @@ def mix_local(
     choices: Int[Array, "T K"],
     experts: Sequence,
 ) -> Float[Array, "T D"]:
-    one_hot = jax.nn.one_hot(choices, len(experts), dtype=probabilities.dtype)
-    weights = jnp.einsum("tk,tke->te", probabilities, one_hot)
+    one_hot = jax.nn.one_hot(choices, len(experts), dtype=probabilities.dtype, axis=1)
+    weights = weighted_sum(probabilities, jnp.unstack(one_hot, axis=2))
     mixed = jnp.zeros(x.shape, jnp.float32)
     for index, expert in enumerate(experts):
         mixed += weights[:, index, None] * feed_forward(x, expert)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.moe import blocks, kernels
 from flexolmo_jax.moe.across_devices import with_gathered_weights
+from flexolmo_jax.moe.mixing import weighted_sum
 from flexolmo_jax.moe.sorting import choices_of, sort_by_expert, sum_of_choices
 from flexolmo_jax.parallel.current import mesh_axes, platform
 
@@ -48,9 +49,9 @@ def _mix(x, probabilities, choices, experts):
 def _forward(x, probabilities, choices, experts):
     rows = sort_by_expert(choices, len(experts))
     y, activations = _products().forward(x, rows, experts)
-    chosen = jnp.where((choices < len(experts))[..., None], choices_of(y, rows), 0)
-    mixed = jnp.einsum("tk,tkd->td", probabilities, chosen, preferred_element_type=jnp.float32)
-    return mixed.astype(x.dtype), activations
+    there = choices < len(experts)
+    chosen = [jnp.where(there[:, k, None], y[rows.of_choice[:, k]], 0) for k in range(choices.shape[1])]
+    return weighted_sum(probabilities, chosen).astype(x.dtype), activations
 
 
 def _with_residuals(x, probabilities, choices, experts):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from flexolmo_jax.moe import grouped
 from flexolmo_jax.moe.across_devices import with_own_weights
+from flexolmo_jax.moe.mixing import weighted_sum
 from flexolmo_jax.moe.sorting import choices_of, rows_of, sort_by_expert
 from flexolmo_jax.parallel.current import mesh_axes, platform
 
@@ -64,8 +65,7 @@ def mix_local(
 
     y = choices_of(back(found), rows)
     there = (choices < len(experts))[..., None]
-    mixed = jnp.einsum("tk,tkd->td", probabilities, jnp.where(there, y, 0), preferred_element_type=jnp.float32)
-    return mixed.astype(x.dtype)
+    return weighted_sum(probabilities, jnp.unstack(jnp.where(there, y, 0), axis=1)).astype(x.dtype)
 
 
 def _whole_experts(pieces: Sequence[Array], copies: int, places: int, hidden: int) -> Float[Array, "V _ _"]:

@@ -52,7 +52,7 @@ def choices_of(y: Float[Array, "R D"], rows: Rows) -> Float[Array, "T K D"]:
 
 def sum_of_choices(y: Float[Array, "R D"], rows: Rows) -> Float[Array, "T D"]:
     """The sum of a token's rows, in float32."""
-    return jnp.sum(y[rows.of_choice], axis=1, dtype=jnp.float32)
+    return sum((y[of_choice] for of_choice in jnp.unstack(rows.of_choice, axis=1)), jnp.zeros((), jnp.float32))
 
 
 rows_of.defvjp(

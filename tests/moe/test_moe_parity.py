@@ -36,6 +36,7 @@ def small_blocks():
     """So few rows need several blocks of both sizes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCKS", (16, 4))
+        patch.setattr(blocks, "MOST_LACKING", 4)
         yield
 
 
