@@ -9,6 +9,8 @@ this.
 Axis legend: `T` rows, `I` inputs, `O` outputs.
 """
 
+import functools
+from collections.abc import Callable
 from platform import machine
 
 import jax
@@ -34,8 +36,25 @@ ROWS_TOGETHER = 8
 
 
 def compiler_options(device: str) -> dict[str, bool | str] | None:
-    """Options of `jax.jit` for a program of many products on devices of this kind: "cpu", "gpu" or "tpu"."""
+    """Options of `jax.jit` for a program of many rows on devices of this kind: "cpu", "gpu" or "tpu".
+
+    For few rows, as in generation, they are no good: oneDNN puts the weights in another order at every product.
+    """
     return BY_ONEDNN if device == "cpu" and machine() == "x86_64" else None
+
+
+def jit_rows(function: Callable, static_argnums: tuple[int, ...]) -> Callable:
+    """`jax.jit` of a program of many rows, with the `compiler_options` of the devices that a call is for."""
+
+    @functools.cache
+    def compiled(device: str) -> Callable:
+        return jax.jit(function, static_argnums=static_argnums, compiler_options=compiler_options(device))
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return compiled(platform())(*arguments)
+
+    return call
 
 
 def project(x: Float[Array, "*T I"], w: Float[Array, "I O"]) -> Float[Array, "*T O"]:

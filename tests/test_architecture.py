@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "merge": {"store", "model"},
     "infer": {"model", "store", "parallel", "data"},
     "hf": {"store", "model", "infer", "data", "terminal"},
-    "evaluate": {"infer", "data", "terminal"},
+    "evaluate": {"products", "infer", "data", "terminal"},
     "plan": {"model", "parallel", "data", "store", "train", "infer", "terminal"},
     # the doors
     "configuration": set(),

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.products import compiler_options, project, project_back, project_wide, sum_of_outer, transposed
+from flexolmo_jax.products import (
+    compiler_options,
+    jit_rows,
+    project,
+    project_back,
+    project_wide,
+    sum_of_outer,
+    transposed,
+)
 
 ROUNDED = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}
 """Of the largest number of a result: sums are float32, and factors and results are rounded to the dtype."""
@@ -89,6 +97,22 @@ def test_products_of_32_bits_are_by_onednn_where_asked_for():
     exact = exactly(x) @ exactly(w), exactly(d_y) @ exactly(w).T, exactly(x).T @ exactly(d_y)
     for found, expected in zip(compiled(x, w, d_y), exact, strict=True):
         near(found, expected, jnp.float32)
+
+
+@pytest.mark.skipif(machine() != "x86_64", reason="oneDNN is asked for on x86 alone")
+def test_a_program_of_many_rows_has_the_products_of_onednn(monkeypatch):
+    asked, jit = [], jax.jit
+
+    def asking(*arguments, **options):
+        asked.append(options["compiler_options"])
+        return jit(*arguments, **options)
+
+    monkeypatch.setattr(jax, "jit", asking)
+    multiply = jit_rows(lambda times, x, w: times * project(x, w), static_argnums=(0,))
+    x, w = draw(0, 256, 128), draw(1, 128, 64)
+    for times in (1, 2):
+        near(multiply(times, x, w), times * (exactly(x) @ exactly(w)), jnp.float32)
+    assert asked == [compiler_options("cpu")] and asked[0]
 
 
 @pytest.mark.parametrize("device", ["gpu", "tpu"])

@@ -17,6 +17,7 @@ from flexolmo_jax.data.packing import Packing, Rows
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate.selection import full_batches
 from flexolmo_jax.infer import LanguageModel
+from flexolmo_jax.products import jit_rows
 
 BATCH_SIZE = 32
 
@@ -110,7 +111,7 @@ def best_top_k(table: Mapping[int, Mapping[str, float]]) -> int:
     return min(sorted(table), key=lambda k: sum(table[k].values()))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit_rows, static_argnums=(0, 1))
 def _row_nats(build, top_k: int, params, rows: Rows, permitted: Bool[Array, "B E"]) -> Float[Array, "B"]:
     model = build(params)
     trace = model.trace(rows.inputs, rows.positions, rows.segments, permitted=permitted, top_k=top_k)

@@ -16,6 +16,7 @@ from flexolmo_jax.data.packing import Packing, Rows
 from flexolmo_jax.evaluate.bits_per_byte import BATCH_SIZE
 from flexolmo_jax.evaluate.selection import full_batches
 from flexolmo_jax.infer import LanguageModel
+from flexolmo_jax.products import jit_rows
 
 
 class Shares(NamedTuple):
@@ -63,7 +64,7 @@ def shares(
     return Shares(model.names, sums[0] / tokens, sums[1] / tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit_rows, static_argnums=(0, 1))
 def _sums(build, top_k: int, params, rows: Rows, permitted: Bool[Array, "B E"]) -> Float[Array, "2 L E"]:
     """Sums over the tokens of a batch: of the probabilities, and of one for the most probable expert."""
     trace = build(params).trace(rows.inputs, rows.positions, rows.segments, permitted=permitted, top_k=top_k)

@@ -15,6 +15,7 @@ from flexolmo_jax.data.packing import Rows, RowSource, sample_rows
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.partition import join
 from flexolmo_jax.model.transformer import Build
+from flexolmo_jax.products import jit_rows
 from flexolmo_jax.train.token_losses import token_losses
 
 ROWS_READ = 96
@@ -97,7 +98,7 @@ def _evaluate(build: Build, frozen: dict, params: dict, rows: Rows) -> tuple[Flo
     return preference, float(loss)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_rows, static_argnums=(0,))
 def _forward(build: Build, params: dict, rows: Rows):
     def some(piece: Rows):
         model = build(params)

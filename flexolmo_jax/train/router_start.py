@@ -17,6 +17,7 @@ from flexolmo_jax.data.packing import Rows, RowSource, sample_rows
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import PUBLIC, ModelConfig
 from flexolmo_jax.model.transformer import Build
+from flexolmo_jax.products import jit_rows
 
 METHODS = ("discriminant", "contrast", "mean", "embedding", "random")
 ROWS_READ = 128
@@ -144,7 +145,7 @@ def router_input_moments(build: Build, anchor: dict, text: RowSource) -> Moments
     return Moments(mean, products / rows.weights.sum() - mean[:, :, None] * mean[:, None, :])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_rows, static_argnums=(0,))
 def _sums(build: Build, params: dict, rows: Rows) -> tuple[Array, Array]:
     """Sums over all tokens of the router inputs [L, D] and of their outer products [L, D, D]."""
 
