@@ -25,6 +25,7 @@ from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.memory import keep_what_is_freed
 from flexolmo_jax.moe import FeedForward, choose_implementation, mix_experts
 from flexolmo_jax.moe.dense import feed_forward
+from flexolmo_jax.products import compiler_options
 from flexolmo_jax.terminal import table
 
 WIDTH, HIDDEN = 512, 1408
@@ -110,8 +111,10 @@ def measure(tokens: int, experts: int, top_k: int, dtype, repeats: int) -> dict:
     candidates |= {name: of_implementation(name, inputs) for name in IMPLEMENTATIONS}
     programs, row = {}, {"tokens": tokens, "experts": experts, "top_k": top_k, "dtype": jnp.dtype(dtype).name}
     for name, (function, arguments) in candidates.items():
-        forward = jax.jit(function).lower(*arguments).compile()
-        both = jax.jit(forward_and_backward(function)).lower(inputs.cotangent, *arguments).compile()
+        options = compiler_options(jax.default_backend())  # as in steps and evaluation
+        forward = jax.jit(function, compiler_options=options).lower(*arguments).compile()
+        both = jax.jit(forward_and_backward(function), compiler_options=options)
+        both = both.lower(inputs.cotangent, *arguments).compile()
         programs[f"{name} forward"] = functools.partial(forward, *arguments)
         programs[f"{name} both"] = functools.partial(both, inputs.cotangent, *arguments)
         row[f"{name} MiB"] = round(both.memory_analysis().temp_size_in_bytes / 2**20, 1)

@@ -1,7 +1,7 @@
 """The products of `grouped` on CPU: expert by expert, so many rows at a time.
 
 `jax.lax.ragged_dot` multiplies every row with every expert there. Here a loop whose length is the number of rows that
-an expert has, known only when the program runs, takes blocks of a fixed size, and a second loop smaller ones for the
+an expert has, known only when the program runs, takes blocks of a fixed size, and further loops smaller ones for the
 rest. The last block of an expert reaches into rows of the next one, which writes them after it; the last expert's
 reaches beyond the end, so buffers are longer by what a block may lack. What is temporary is bounded by rows, not by
 experts.
@@ -18,11 +18,12 @@ from jaxtyping import Array, Float
 from flexolmo_jax.moe.swiglu import activate, activate_with_slopes
 from flexolmo_jax.products import project, project_back, sum_of_outer
 
-BLOCKS = 1024, 128
-"""Rows at a time, and for what is left: large blocks multiply at full speed, and small ones waste little at the end."""
+BLOCKS = 1024, 512, 128
+"""Rows at a time: large blocks multiply at full speed, and small ones waste little on what is left."""
 
-MOST_LACKING = BLOCKS[0] // 4
-"""Rows that a large block may lack: computing them is then cheaper than small blocks would be. A small one may too."""
+FILLED = 0.75
+"""The share of a block that there must be rows for, but for the smallest: computing the rest in vain is cheaper than
+smaller blocks would be."""
 
 
 def forward(x: Float[Array, "T D"], rows, experts) -> tuple[Float[Array, "R D"], tuple[Array, Array]]:
@@ -91,10 +92,10 @@ def _groups(rows, experts):
 
 
 def _over_blocks(block, start, end, length: int, carry, expert):
-    """`block` over all rows of an expert: of the larger size while they nearly fill it, and then of the smaller one."""
-    large, small = BLOCKS
+    """`block` over all rows of an expert: of a larger size while they nearly fill it, and then of the next smaller."""
+    *larger, smallest = BLOCKS
     at = start
-    for size, reach in ((large, large - MOST_LACKING), (small, 1)):
+    for size, reach in (*((size, round(FILLED * size)) for size in larger), (smallest, 1)):
         if size > length:
             continue
 
@@ -110,7 +111,8 @@ def _over_blocks(block, start, end, length: int, carry, expert):
 
 
 def _lengthened(a: Array) -> Array:
-    return jnp.pad(a, [(0, MOST_LACKING)] + [(0, 0)] * (a.ndim - 1))
+    lacking = max(BLOCKS[0] - round(FILLED * BLOCKS[0]), BLOCKS[-1])
+    return jnp.pad(a, [(0, lacking)] + [(0, 0)] * (a.ndim - 1))
 
 
 def _cut(a: Array, start, size: int) -> Array:

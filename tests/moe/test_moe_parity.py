@@ -33,10 +33,9 @@ MESHES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks():
-    """So few rows need several blocks of both sizes."""
+    """So few rows need several blocks of all sizes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCKS", (16, 4))
-        patch.setattr(blocks, "MOST_LACKING", 4)
+        patch.setattr(blocks, "BLOCKS", (16, 8, 4))
         yield
 
 
