@@ -110,11 +110,10 @@ def measure(tokens: int, experts: int, top_k: int, dtype, repeats: int) -> dict:
     candidates = {"product": dense_product(inputs)}
     candidates |= {name: of_implementation(name, inputs) for name in IMPLEMENTATIONS}
     programs, row = {}, {"tokens": tokens, "experts": experts, "top_k": top_k, "dtype": jnp.dtype(dtype).name}
+    jit = functools.partial(jax.jit, compiler_options=compiler_options(jax.default_backend()))  # as steps are
     for name, (function, arguments) in candidates.items():
-        options = compiler_options(jax.default_backend())  # as in steps and evaluation
-        forward = jax.jit(function, compiler_options=options).lower(*arguments).compile()
-        both = jax.jit(forward_and_backward(function), compiler_options=options)
-        both = both.lower(inputs.cotangent, *arguments).compile()
+        forward = jit(function).lower(*arguments).compile()
+        both = jit(forward_and_backward(function)).lower(inputs.cotangent, *arguments).compile()
         programs[f"{name} forward"] = functools.partial(forward, *arguments)
         programs[f"{name} both"] = functools.partial(both, inputs.cotangent, *arguments)
         row[f"{name} MiB"] = round(both.memory_analysis().temp_size_in_bytes / 2**20, 1)

@@ -4,8 +4,8 @@
 
 Both programs have the same weights, tokens, threads and dtype. Each runs in a process of its own, and the two of a pair
 take turns, so that a busy machine slows both alike. PyTorch's experts are tried in forms that transformers has, each as
-it is and under `torch.compile`, and the best counts; attention is `sdpa`. Figures are medians. It takes half an hour
-on two cores, and 8 GiB of memory; `torch.compile` needs a C++ compiler.
+it is and under `torch.compile`, and the best counts; attention is `sdpa`. Figures are medians. It takes over half an
+hour on two cores, and 8 GiB of memory; `torch.compile` needs a C++ compiler.
 
 The peer's expert-only step is the official one: gradients of all parameters, those of the anchor then set to zero. Ours
 takes the batch in pieces of two rows (`RunConfig.accumulation`): what a piece makes stays in the cache, and memory is a
@@ -106,7 +106,7 @@ def ours(directory: Path, job: str, dtype: str, rows: int, length: int) -> Calla
     build = builder(model.config, model.names, compute_dtype=jnp.dtype(dtype), **options)
     if job == "forward":
         params = jax.tree.map(jnp.asarray, in_compute_dtype(model.params, jnp.dtype(dtype)))
-        forward = jit_rows(lambda params, ids: build(params)(ids, top_k=2), static_argnums=())
+        forward = jit_rows(lambda params, ids: build(params)(ids, top_k=2))
         return lambda: jax.block_until_ready(forward(params, tokens[:, :-1]))
 
     shape = rows, length
@@ -277,7 +277,7 @@ def product_flops(dtype: str, rows: int, length: int) -> dict[str, float]:
     m, k, n = rows * length, SHAPE["hidden_size"], SHAPE["intermediate_size"]
     a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
     their_a, their_b = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((m, k), (k, n)))
-    multiply = jit_rows(project, static_argnums=())
+    multiply = jit_rows(project)
     products = {
         "ours": lambda: jax.block_until_ready(multiply(a, b)),
         "peer": lambda: their_a @ their_b,

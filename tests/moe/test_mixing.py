@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.moe import grouped
+from flexolmo_jax.moe import dense, grouped
 from flexolmo_jax.moe.mixing import weighted_sum
 from flexolmo_jax.products import compiler_options
 
@@ -23,9 +23,11 @@ def test_values_of_16_bits_are_weighed_and_summed_in_float32():
     assert weighted_sum(jnp.ones((3, 2)), values).dtype == jnp.float32
 
 
-def test_grouped_multiplies_no_matrices_of_one_token_each():
+@pytest.mark.parametrize("implementation", [dense, grouped])
+def test_no_matrices_of_one_token_each_are_multiplied(implementation):
     tokens, experts = 256, [tuple(jnp.ones(shape) for shape in ((16, 24), (16, 24), (24, 16)))] * 4
     arguments = jnp.ones((tokens, 16)), jnp.ones((tokens, 2)), jnp.zeros((tokens, 2), jnp.int32), experts
-    compiled = jax.jit(grouped.mix_local, compiler_options=compiler_options("cpu")).lower(*arguments).compile()
-    products = [line for line in compiled.as_text().splitlines() if " dot(" in line]
+    program = jax.jit(implementation.mix_local, compiler_options=compiler_options("cpu"))
+    text = program.lower(*arguments).compile().as_text()
+    products = [line for line in text.splitlines() if " dot(" in line]
     assert products and not any("batch_dims" in line for line in products)
