@@ -30,9 +30,9 @@ import numpy as np
 from settling import settle
 
 from flexolmo_jax.evaluate.report import machine, versions
+from flexolmo_jax.flags import number_of_bytes
 from flexolmo_jax.memory import keep_what_is_freed, peak
 from flexolmo_jax.model import PUBLIC, ModelConfig
-from flexolmo_jax.stages import number_of_bytes
 from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.layout import LeafLayout
 from flexolmo_jax.store.manifest import ExpertRecord, Manifest

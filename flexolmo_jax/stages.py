@@ -3,29 +3,34 @@
 Importing this module imports none of the functions, so that `flexolmo --help` answers at once.
 """
 
-import argparse
 import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """One argument of a stage.
-
-    Attributes:
-      name: `--out`, or `CHECKPOINT` for an argument that is known by its place.
-      help: what it means.
-      fills: the parameter of the stage's function.
-      settings: more settings for `argparse.ArgumentParser.add_argument`.
-    """
-
-    name: str
-    help: str
-    fills: str
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+from flexolmo_jax.flags import (
+    ANCHOR,
+    BEAM,
+    CHECKPOINT,
+    CONTRIBUTION,
+    CONTRIBUTION_HELP,
+    ENCODER,
+    EXPERTS,
+    ITS_ANCHOR,
+    OUT,
+    OVERWRITE,
+    PUBLIC_TEXT,
+    REQUIRED_OUT,
+    SIGNED_BY,
+    TEXT,
+    TOP_K,
+    Flag,
+    Pairs,
+    names,
+    number_of_bytes,
+    required,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,65 +59,6 @@ class Stage:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return function
 
-
-class Pairs(argparse.Action):
-    """Gathers `NAME=VALUE` arguments into one dict from name to path."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        name, equals, value = str(values).partition("=")
-        if not (name and equals and value):
-            raise argparse.ArgumentError(self, f"{values!r} is not NAME=VALUE")
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), name: Path(value)})
-
-
-def names(text: str) -> tuple[str, ...]:
-    """The names in a text such as `public,math`."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-def number_of_bytes(text: str) -> int:
-    """The bytes in a text such as `512MiB` or `1048576`."""
-    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
-    try:
-        return int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
-    except (ValueError, OverflowError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, such as 512MiB") from error
-
-
-def _required(**settings: Any) -> dict[str, Any]:
-    return {"type": Path, "required": True, **settings}
-
-
-OUT = Flag("--out", "directory to write", "out", {"type": Path})
-OVERWRITE = Flag("--overwrite", "replace what is there", "overwrite", {"action": "store_true"})
-EXPERTS = Flag(
-    "--experts", "names of the permitted experts, such as public,math (default: all)", "experts", {"type": names}
-)
-TOP_K = Flag("--top_k", "experts per token (default: the model's own)", "top_k", {"type": int})
-ANCHOR = Flag("--anchor", "directory of the anchor", "anchor", {"type": Path})
-TEXT = Flag("--text", "the owner's corpus: a directory or a file", "text", {"type": Path})
-PUBLIC_TEXT = Flag("--public_text", "public corpus", "public_text", {"type": Path})
-ENCODER = Flag(
-    "--encoder",
-    "directory of a sentence-transformers model or a Hugging Face encoder, to embed documents with",
-    "encoder",
-    {"type": Path},
-)
-CONTRIBUTION_HELP = "directory of a contribution; repeat it for more"
-CHECKPOINT = Flag("CHECKPOINT", "directory of an anchor or a merged model", "checkpoint", {"type": Path})
-CONTRIBUTION = Flag("DIR", "directory of a contribution", "contribution", {"type": Path})
-ITS_ANCHOR = Flag("--anchor", "directory of the anchor that it was made for", "anchor", _required())
-SIGNED_BY = Flag("--signed-by", "public key that must have signed it (PEM, Ed25519)", "signed_by", {"type": Path})
-REQUIRED_OUT = dataclasses.replace(OUT, settings=_required())
-
-BEAM = Flag(
-    "--beam",
-    "do it as an Apache Beam pipeline with these arguments, such as --beam=--runner=FlinkRunner",
-    "beam",
-)
 
 STAGES: dict[str, Stage] = {
     "prepare": Stage(
@@ -241,7 +187,7 @@ STAGES: dict[str, Stage] = {
         function="flexolmo_jax.commands:sign_contribution",
         flags=(
             CONTRIBUTION,
-            Flag("--key", "private key (PEM, Ed25519)", "private_key", _required()),
+            Flag("--key", "private key (PEM, Ed25519)", "private_key", required()),
         ),
     ),
     "contribution compress": Stage(
@@ -350,7 +296,7 @@ STAGES: dict[str, Stage] = {
         function="flexolmo_jax.commands:verify_hf",
         flags=(
             Flag("HF_DIR", "Hugging Face directory", "hf_directory", {"type": Path}),
-            Flag("--against", "directory of the model that it was exported from", "against", _required()),
+            Flag("--against", "directory of the model that it was exported from", "against", required()),
         ),
     ),
     "inspect": Stage(

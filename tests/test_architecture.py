@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "plan": {"model", "parallel", "data", "store", "train", "infer", "terminal"},
     # the doors
     "configuration": set(),
-    "stages": set(),
+    "flags": set(),
+    "stages": {"flags"},
     "commands": {"merge", "infer", "hf", "evaluate", "store", "data", "terminal"},
     "demo": {"confine", "configuration", "train", "merge", "infer", "hf", "evaluate", "store", "data", "terminal"},
     "confine": {"cli", "memory"},

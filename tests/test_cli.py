@@ -13,7 +13,8 @@ import pytest
 from flexolmo_jax import cli, terminal
 from flexolmo_jax.configuration.registry import OPERATIVE_CONFIG
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.stages import STAGES, Flag, Pairs, Stage, names
+from flexolmo_jax.flags import Flag, Pairs, names
+from flexolmo_jax.stages import STAGES, Stage
 
 HEAVY = {"jax", "flax", "gin", "tensorflow", "numpy", "rich", "orbax", "torch", "absl"}
 

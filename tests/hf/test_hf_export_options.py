@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from flexolmo_jax import cli
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.flags import number_of_bytes
 from flexolmo_jax.hf import export_hf, import_hf, read_hf, safetensors_file
 from flexolmo_jax.merge import merge
-from flexolmo_jax.stages import number_of_bytes
 from flexolmo_jax.store import arrays, checkpoint
 from flexolmo_jax.store.manifest import ExpertRecord, read
 from tests.hf.test_hf_export import assert_same_params

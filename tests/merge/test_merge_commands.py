@@ -3,7 +3,7 @@
 import pytest
 
 from flexolmo_jax import cli
-from flexolmo_jax.stages import number_of_bytes
+from flexolmo_jax.flags import number_of_bytes
 
 REFUSED = {
     "no model": (["--out", "x"], "either --anchor, with contributions, or --model"),
