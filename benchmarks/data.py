@@ -19,10 +19,11 @@ import numpy as np
 
 from flexolmo_jax.data import builtin
 from flexolmo_jax.data.packing import Chunking, Packing
-from flexolmo_jax.data.prepare import Preparation, open_split, prepare_task
+from flexolmo_jax.data.preparation import Preparation
+from flexolmo_jax.data.prepare import prepare_task
 from flexolmo_jax.data.reading import batches, read_from
 from flexolmo_jax.data.text_task import TextTask
-from flexolmo_jax.data.tokens import PreparedSplit
+from flexolmo_jax.data.tokens import PreparedSplit, open_split
 from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.terminal import table
 

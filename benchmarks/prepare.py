@@ -22,9 +22,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from flexolmo_jax.data.documents import read_documents
-from flexolmo_jax.data.prepare import Preparation, open_split, prepare_task
+from flexolmo_jax.data.preparation import Preparation
+from flexolmo_jax.data.prepare import prepare_task
 from flexolmo_jax.data.splits import SPLITS
 from flexolmo_jax.data.text_task import TextTask
+from flexolmo_jax.data.tokens import open_split
 from flexolmo_jax.evaluate.report import machine, versions
 from flexolmo_jax.terminal import table
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split
+from flexolmo_jax.data.tokens import open_split
 from flexolmo_jax.demo import CONFIGS, OWNERS, SEQUENCE_LENGTH, run_stage
 from flexolmo_jax.evaluate.bits_per_byte import best_top_k, score_top_k
 from flexolmo_jax.evaluate.measurement import Candidate, measure, opt_outs

@@ -248,7 +248,7 @@ class Road:
     def _rows(self, split: str) -> dict[str, Any]:
         """Packed rows of every domain's split, read from what the owners' jobs prepared."""
         from flexolmo_jax.data.packing import Packing
-        from flexolmo_jax.data.prepare import open_split
+        from flexolmo_jax.data.tokens import open_split
 
         prepared = {"public": self.out / "anchor" / "prepared"}
         prepared |= {owner: self.out / "owners" / owner / "prepared" / "own" for owner in OWNERS}

@@ -11,8 +11,7 @@ import grain
 
 from flexolmo_jax.data.files import replacing
 from flexolmo_jax.data.packing import Rows, TextRows
-from flexolmo_jax.data.prepare import open_split
-from flexolmo_jax.data.tokens import FORMAT_VERSION, MANIFEST, TokenSource, read_manifest
+from flexolmo_jax.data.tokens import FORMAT_VERSION, MANIFEST, TokenSource, open_split, read_manifest
 from flexolmo_jax.errors import UserError
 
 

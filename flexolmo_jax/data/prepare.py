@@ -12,19 +12,20 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
 from flexolmo_jax.data import files
 from flexolmo_jax.data.files import replacing
 from flexolmo_jax.data.near_duplicates import Key, near_duplicates
+from flexolmo_jax.data.preparation import Preparation, Task
 from flexolmo_jax.data.runs import BAD_SHOWN, Run, Unit, UnitReport, read_report, unit_key, write_runs
 from flexolmo_jax.data.shards import ShardJob, rank, write_shard
 from flexolmo_jax.data.splits import SPLITS
 from flexolmo_jax.data.text_task import task_of
-from flexolmo_jax.data.tokens import FORMAT_VERSION, MANIFEST, TOKENIZER, PreparedSplit, is_prepared, read_manifest
-from flexolmo_jax.data.vocabularies import BYTES, SavedVocabulary, Vocabulary, id_type
+from flexolmo_jax.data.tokens import FORMAT_VERSION, MANIFEST, TOKENIZER, is_prepared, read_manifest
+from flexolmo_jax.data.vocabularies import BYTES, SavedVocabulary
 from flexolmo_jax.data.workers import Workers, in_processes, in_this_process, in_threads
 from flexolmo_jax.errors import UserError
 
@@ -36,61 +37,6 @@ _FEW_CORES = 4
 
 _TOKENIZING = 0.9
 """About this share of the time goes into tokenizing, the rest into writing shards."""
-
-
-class Task(Protocol):
-    """What is to be prepared."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def where(self) -> str:
-        """Where its text comes from, to be said to a person."""
-        ...
-
-    @property
-    def bad_share(self) -> float:
-        """Largest share of bad lines that is skipped."""
-        ...
-
-    @property
-    def vocabulary(self) -> Vocabulary: ...
-
-    def units(self) -> Sequence[Unit]: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preparation:
-    """How text is prepared.
-
-    Attributes:
-      deduplicate: "exact" leaves out documents that occur again in their split; "near" leaves out also those that
-        resemble another, and of twins in two splits keeps the held-out one; "none" keeps all.
-      near_threshold: least share of common runs of five tokens that makes two documents near-duplicates.
-      shard_tokens: tokens of a shard, about.
-      workers: processes; 0 means one for every core, or threads of this one where there are few cores.
-    """
-
-    deduplicate: Literal["exact", "near", "none"] = "exact"
-    near_threshold: float = 0.8
-    shard_tokens: int = 2**25
-    workers: int = 0
-
-    def __post_init__(self):
-        if not 0 < self.near_threshold <= 1:
-            raise UserError(
-                f"Preparation.near_threshold must be above 0 and at most 1, but it is {self.near_threshold}"
-            )
-        if self.shard_tokens < 1:
-            raise UserError(f"Preparation.shard_tokens must be at least 1, but it is {self.shard_tokens}")
-        if self.workers < 0:
-            raise UserError(f"Preparation.workers must be at least 0, but it is {self.workers}")
-
-    @property
-    def decides(self) -> dict[str, Any]:
-        """The settings that decide what comes out."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "workers"}
 
 
 def prepare(corpus: Path, out: Path, saved: SavedVocabulary | None = None) -> Path:
@@ -113,32 +59,6 @@ def prepare(corpus: Path, out: Path, saved: SavedVocabulary | None = None) -> Pa
     task = task_of(corpus, saved.name if saved else BYTES)
     prepare_task(task, out, Preparation(workers=1), overwrite=True)
     return out
-
-
-def vocabulary_of(prepared: Path) -> SavedVocabulary:
-    """What a text, or the first part of a mixture, was prepared with."""
-    manifest = read_manifest(prepared)
-    if parts := manifest.get("parts"):
-        return vocabulary_of(prepared / parts[0]["path"])
-    return SavedVocabulary(manifest["vocabulary"]["fingerprint"], prepared / TOKENIZER)
-
-
-def open_split(prepared: Path, split: str) -> PreparedSplit:
-    """One split of prepared text; it may be empty.
-
-    Raises:
-      UserError: there is no prepared text, or a shard of it is missing.
-    """
-    manifest = read_manifest(prepared)
-    if "splits" not in manifest:
-        raise UserError(f"{prepared} is a mixture of prepared texts, but one text is needed here")
-    shards = manifest["splits"][split]["shards"]
-    missing = [shard["file"] for shard in shards if not (prepared / shard["file"]).is_file()]
-    if missing:
-        raise UserError(f"{prepared} is damaged: {missing[0]} is missing; prepare it again")
-    kind = id_type(manifest["vocabulary"]["size"])
-    paths = [prepared / shard["file"] for shard in shards]
-    return PreparedSplit(prepared, split, paths, [shard["documents"] for shard in shards], kind)
 
 
 def prepare_task(

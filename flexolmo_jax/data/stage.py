@@ -7,7 +7,8 @@ from typing import Any
 from flexolmo_jax import terminal
 from flexolmo_jax.data.beam import on_beam
 from flexolmo_jax.data.mixture import Mixture
-from flexolmo_jax.data.prepare import Preparation, Task, prepare_task
+from flexolmo_jax.data.preparation import Preparation, Task
+from flexolmo_jax.data.prepare import prepare_task
 from flexolmo_jax.data.registered import RegisteredTask, rates
 from flexolmo_jax.data.text_task import TextTask
 from flexolmo_jax.errors import UserError

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from flexolmo_jax.data.vocabularies import SavedVocabulary, id_type
 from flexolmo_jax.errors import UserError
 
 FORMAT_VERSION = 3
@@ -203,3 +204,29 @@ def fingerprint(directory: Path) -> str:
         [fingerprint(directory / part["path"]), part["rate"]] for part in manifest["parts"]
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def vocabulary_of(prepared: Path) -> SavedVocabulary:
+    """What a text, or the first part of a mixture, was prepared with."""
+    manifest = read_manifest(prepared)
+    if parts := manifest.get("parts"):
+        return vocabulary_of(prepared / parts[0]["path"])
+    return SavedVocabulary(manifest["vocabulary"]["fingerprint"], prepared / TOKENIZER)
+
+
+def open_split(prepared: Path, split: str) -> PreparedSplit:
+    """One split of prepared text; it may be empty.
+
+    Raises:
+      UserError: there is no prepared text, or a shard of it is missing.
+    """
+    manifest = read_manifest(prepared)
+    if "splits" not in manifest:
+        raise UserError(f"{prepared} is a mixture of prepared texts, but one text is needed here")
+    shards = manifest["splits"][split]["shards"]
+    missing = [shard["file"] for shard in shards if not (prepared / shard["file"]).is_file()]
+    if missing:
+        raise UserError(f"{prepared} is damaged: {missing[0]} is missing; prepare it again")
+    kind = id_type(manifest["vocabulary"]["size"])
+    paths = [prepared / shard["file"] for shard in shards]
+    return PreparedSplit(prepared, split, paths, [shard["documents"] for shard in shards], kind)

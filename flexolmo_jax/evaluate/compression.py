@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.tokens import open_split
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate.bits_per_byte import score
 from flexolmo_jax.infer import load_with_contribution

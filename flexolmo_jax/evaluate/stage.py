@@ -11,8 +11,8 @@ from typing import Any
 from flexolmo_jax import terminal
 from flexolmo_jax.data.documents import split_texts
 from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split, prepare, vocabulary_of
-from flexolmo_jax.data.tokens import is_prepared
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.tokens import is_prepared, open_split, vocabulary_of
 from flexolmo_jax.data.vocabularies import SavedVocabulary
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate import bits_per_byte, exact_match, plots

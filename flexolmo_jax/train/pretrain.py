@@ -6,8 +6,9 @@ import jax
 import optax
 
 from flexolmo_jax import terminal
-from flexolmo_jax.data.prepare import prepare, vocabulary_of
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.reading import batches
+from flexolmo_jax.data.tokens import vocabulary_of
 from flexolmo_jax.model import PUBLIC, InitialScales, ModelConfig, abstract_params, builder, initialise
 from flexolmo_jax.model.bias_channel import pin
 from flexolmo_jax.parallel import MeshConfig

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from flexolmo_jax import cli
-from flexolmo_jax.data.prepare import Preparation, prepare_task
+from flexolmo_jax.data.preparation import Preparation
+from flexolmo_jax.data.prepare import prepare_task
 from flexolmo_jax.data.text_task import TextTask
 from tests.data.test_data_prepare import contents
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.data.packing import Chunking, Packing, sample_rows
-from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.tokens import open_split
 from tests.data.counting import documents
 from tests.small import write_corpus
 

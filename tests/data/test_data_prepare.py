@@ -17,9 +17,11 @@ from flexolmo_jax import cli
 from flexolmo_jax.data import runs, shards, text_task
 from flexolmo_jax.data.mixture import Mixture
 from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import Preparation, open_split, prepare, prepare_task
+from flexolmo_jax.data.preparation import Preparation
+from flexolmo_jax.data.prepare import prepare, prepare_task
 from flexolmo_jax.data.splits import SPLITS, split_of
 from flexolmo_jax.data.text_task import TextTask
+from flexolmo_jax.data.tokens import open_split
 from flexolmo_jax.data.vocabulary import EOS_ID, decode, encode
 from flexolmo_jax.data.workers import in_threads
 from flexolmo_jax.errors import UserError
@@ -241,7 +243,8 @@ PREPARE = """
 import sys
 from pathlib import Path
 from flexolmo_jax.data import prepare as module, text_task
-from flexolmo_jax.data.prepare import Preparation, prepare_task
+from flexolmo_jax.data.preparation import Preparation
+from flexolmo_jax.data.prepare import prepare_task
 from flexolmo_jax.data.text_task import TextTask
 
 module._SMALL_BYTES, text_task.PART_BYTES = 0, 2000

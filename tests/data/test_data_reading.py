@@ -9,9 +9,10 @@ import pytest
 
 from flexolmo_jax.data.mixture import MixedRows, Mixture, open_rows
 from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split, prepare
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.reading import batches, read_from
 from flexolmo_jax.data.splits import split_of
+from flexolmo_jax.data.tokens import open_split
 from flexolmo_jax.data.vocabulary import decode
 from flexolmo_jax.errors import UserError
 from tests.data.counting import documents
@@ -53,7 +54,7 @@ READER = """
 import sys, numpy as np
 from pathlib import Path
 from flexolmo_jax.data.packing import Packing
-from flexolmo_jax.data.prepare import open_split
+from flexolmo_jax.data.tokens import open_split
 from flexolmo_jax.data.reading import batches, read_from
 
 prepared, out, first, last, host, hosts = sys.argv[1:]

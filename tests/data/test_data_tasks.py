@@ -8,8 +8,10 @@ import pytest
 
 from flexolmo_jax import cli
 from flexolmo_jax.data.documents import read_documents
-from flexolmo_jax.data.prepare import Preparation, open_split, prepare_task
+from flexolmo_jax.data.preparation import Preparation
+from flexolmo_jax.data.prepare import prepare_task
 from flexolmo_jax.data.text_task import TextTask
+from flexolmo_jax.data.tokens import open_split
 from tests.data.test_data_vocabularies import sentencepiece_model, tokenizer_json  # noqa: F401
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 import flexolmo_jax as fo
 from flexolmo_jax import cli
-from flexolmo_jax.data.prepare import Preparation, prepare_task
+from flexolmo_jax.data.preparation import Preparation
+from flexolmo_jax.data.prepare import prepare_task
 from flexolmo_jax.data.text_task import TextTask
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evaluate import evaluate
