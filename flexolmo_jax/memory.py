@@ -5,17 +5,25 @@ import sys
 from pathlib import Path
 
 _TUNABLES = "GLIBC_TUNABLES"
+
+_LARGE = 2**28
+"""Bytes from which on a block goes back to the kernel when it is freed."""
+
 _KEEP = ":".join(
-    f"glibc.malloc.{setting}" for setting in ("hugetlb=1", "mmap_max=0", "arena_max=1", f"trim_threshold={2**40}")
+    f"glibc.malloc.{setting}"
+    for setting in ("hugetlb=1", f"mmap_threshold={_LARGE}", "arena_max=1", f"trim_threshold={2**40}")
 )
 
 
 def keep_what_is_freed() -> None:
-    """Starts this process anew with an allocator that gives nothing back, unless the environment sets one up already.
+    """Starts this process anew with an allocator that keeps what is freed, unless the environment sets one up already.
 
     XLA takes and returns its temporary buffers at every step. By default the C library hands them back to the kernel,
     which then clears up to 20,000 pages a step, even for a small model. With one arena that keeps what it has, in huge
     pages, there are none, and a training step on two CPU cores took 16 to 31% less time.
+
+    Large blocks do go back. A step asks for its own before the last step's are free, and small blocks settle in the
+    room of those: with all kept, a full step that needs 5.3 GiB ended at 10 to 13, and was at most 3% faster.
     """
     if sys.platform.startswith("linux") and _TUNABLES not in os.environ:
         os.environ[_TUNABLES] = _KEEP
