@@ -3,13 +3,14 @@
     python benchmarks/train_step.py [--json FILE] [--repeats 5] [--dtype float32] [--jobs forward,train,expert]
 
 Both programs have the same weights, tokens, threads and dtype. Each runs in a process of its own, and the two of a pair
-take turns, so that a busy machine slows both alike. PyTorch's experts are tried in forms that transformers has, each as
-it is and under `torch.compile`, and the best counts; attention is `sdpa`. Figures are medians. It takes over half an
-hour on two cores, and 8 GiB of memory; `torch.compile` needs a C++ compiler.
+take turns, so that a busy machine slows both alike; in its turn a program does its job twice, and the second counts.
+PyTorch's experts are tried in forms that transformers has, each as it is and under `torch.compile`, and the best
+counts; attention is `sdpa`. Figures are medians. It takes half an hour on two cores, and 8 GiB of memory;
+`torch.compile` needs a C++ compiler.
 
 The peer's expert-only step is the official one: gradients of all parameters, those of the anchor then set to zero. Ours
-takes the batch in pieces of two rows (`RunConfig.accumulation`): what a piece makes stays in the cache, and memory is a
-quarter. The peer is tried in such pieces too.
+takes the batch row by row (`RunConfig.accumulation`), which takes a fraction of the memory. The peer is tried in such
+pieces too.
 
 Beside the ratios stands their ceiling: what ours over theirs would be if ours were nothing but the matrix products that
 the job cannot do without (`flexolmo_jax/plan/minimum.py`), all as fast as a large one is on this machine. How fast a
@@ -18,7 +19,6 @@ PyTorch's products.
 """
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -37,9 +37,9 @@ FORMS = "eager", "grouped_mm", f"eager{COMPILED}", f"grouped_mm{COMPILED}"
 """Forms of the experts that transformers has. The third, `batched_mm`, copies an expert's weights for every choice of
 every token: 70 GB here."""
 
-PEERS = {"forward": FORMS, "train": FORMS, "expert": (*FORMS, f"grouped_mm{IN_PIECES}")}
+PEERS = {"forward": FORMS, "train": FORMS, "expert": (*FORMS, f"eager{IN_PIECES}", f"grouped_mm{IN_PIECES}")}
 
-PIECE = 2
+PIECE = 1
 """Rows of a piece, for those that take the batch in pieces."""
 
 EXPERTS = {"forward": 4, "train": 4, "expert": 2}
@@ -58,9 +58,11 @@ SHAPE = {
     "max_position_embeddings": 512,
 }
 LEARNING_RATE = 1e-4
-WARM_UP = 5
-"""Times that a program does its job before the clock runs: a compiler may want to see shapes twice, and an allocator
-asks for more memory until it has what all of a job needs at once."""
+PRODUCTS = 50
+"""In one turn of the job "product": each takes some 20 ms."""
+
+WARM_UP = 2
+"""Times that a program does its job before its first turn: a compiler may want to see shapes twice."""
 
 
 def draw_tokens(rows: int, length: int):
@@ -114,16 +116,18 @@ def ours(directory: Path, job: str, dtype: str, rows: int, length: int) -> Calla
     packed = Rows(tokens[:, :-1], tokens[:, 1:], positions, np.ones(shape, np.int32), np.ones(shape, np.float32))
     name = model.names[-1]
     trained, frozen = split(model.params, lambda path: job == "train" or belongs_to_expert(path, name))
-    trained, frozen = jax.tree.map(jnp.asarray, (trained, in_compute_dtype(frozen, jnp.dtype(dtype))))
+    # On a device by name, as a job's mesh has them: else the second step, whose state is, would be compiled anew.
+    here = jax.devices()[0]
+    trained, frozen = jax.device_put((trained, in_compute_dtype(frozen, jnp.dtype(dtype))), here)
     objective, optimizer = ObjectiveConfig(head_z_loss=0.0, router_z_loss=0.0), optax.adamw(LEARNING_RATE)
 
     def loss(model, batch, weights):
         return language_modelling(model, batch.rows, weights["text"], objective, top_k=2)[:2]
 
     weigh, pieces = LanguageModelling(objective).weigh, rows // PIECE if job == "expert" else 1
-    state = TrainState(trained, optimizer.init(trained))
+    state = jax.device_put(TrainState(trained, optimizer.init(trained)), here)
     step = jit_step(make_step(build, weigh, loss, optimizer, accumulation=pieces), state)
-    batch = jax.tree.map(jnp.asarray, Batch(packed, np.zeros(rows, np.int32)))
+    batch = jax.device_put(Batch(packed, np.zeros(rows, np.int32)), here)
 
     def once():
         nonlocal state
@@ -179,20 +183,66 @@ def theirs(directory: Path, job: str, dtype: str, rows: int, length: int, expert
     return step
 
 
+def our_product(dtype: str, m: int, k: int, n: int) -> Callable:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+    import jax.numpy as jnp
+
+    from flexolmo_jax.products import jit_rows, project
+
+    a, b, multiply = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype), jit_rows(project)
+    return lambda: jax.block_until_ready(multiply(a, b))
+
+
+def their_product(dtype: str, m: int, k: int, n: int) -> Callable:
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    a, b = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((m, k), (k, n)))
+    return lambda: a @ b
+
+
+def product(dtype: str, rows: int, length: int, experts: str) -> Callable:
+    """The program of the job "product": a frozen expert's gate of all tokens, many times."""
+    make = our_product if experts == "ours" else their_product
+    multiply = make(dtype, rows * length, SHAPE["hidden_size"], SHAPE["intermediate_size"])
+
+    def many():
+        for _ in range(PRODUCTS):
+            multiply()
+
+    return many
+
+
 def serve(directory: Path, job: str, dtype: str, rows: int, length: int, experts: str) -> None:
-    """In a process of its own: does the job once for every line that comes, and answers with the seconds it took."""
+    """In a process of its own: does the job twice for every line that comes, and answers with the second one's seconds.
+
+    Steps of a job follow each other. One that follows the other program's pays for memory that the machine lost
+    meanwhile: a virtual one hands free pages to its host, and our full step then took nearly twice its time.
+    """
     if experts == "ours":
         keep_what_is_freed()  # as the command `flexolmo` begins
-    make = ours if experts == "ours" else functools.partial(theirs, experts=experts)
-    program = make(directory, job, dtype, rows, length)
+    if job == "product":
+        program = product(dtype, rows, length, experts)
+    elif experts == "ours":
+        program = ours(directory, job, dtype, rows, length)
+    else:
+        program = theirs(directory, job, dtype, rows, length, experts)
     for _ in range(WARM_UP):
         program()
     print("ready", flush=True)
     for _ in sys.stdin:
+        program()
         begin = time.perf_counter()
         program()
         print(time.perf_counter() - begin, flush=True)
     print(peak(), flush=True)
+
+
+def serving(job: str, directory: Path, dtype: str, rows: int, length: int, experts: str) -> list[str]:
+    """The command that runs `serve` with these arguments."""
+    command = [sys.executable, __file__, "--serve", str(directory), "--jobs", job, "--dtype", dtype]
+    return [*command, "--rows", str(rows), "--length", str(length), "--experts", experts]
 
 
 def take_turns(commands: list[list[str]], repeats: int) -> list[tuple[float, int]]:
@@ -225,9 +275,8 @@ def measure(job: str, dtype: str, rows: int, length: int, repeats: int) -> list[
     with tempfile.TemporaryDirectory() as scratch:
         write_model(Path(scratch), EXPERTS[job])
         for peer in PEERS[job]:
-            command = [sys.executable, __file__, "--serve", scratch, "--jobs", job, "--dtype", dtype]
-            command += ["--rows", str(rows), "--length", str(length), "--experts"]
-            (our_time, our_peak), (time_, peak) = take_turns([[*command, "ours"], [*command, peer]], repeats)
+            pair = [serving(job, Path(scratch), dtype, rows, length, who) for who in ("ours", peer)]
+            (our_time, our_peak), (time_, peak) = take_turns(pair, repeats)
             found.append(
                 {
                     "job": job,
@@ -264,31 +313,11 @@ def least_flops(job: str, rows: int, length: int) -> float:
     return 3 * least if job == "train" else least
 
 
-def product_flops(dtype: str, rows: int, length: int) -> dict[str, float]:
-    """FLOPs per second of a large matrix product, a frozen expert's gate, in our program and in theirs; medians of many
-    that take turns."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    import jax
-    import jax.numpy as jnp
-    import torch
-
-    from flexolmo_jax.products import jit_rows, project
-
-    m, k, n = rows * length, SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
-    their_a, their_b = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((m, k), (k, n)))
-    multiply = jit_rows(project)
-    products = {
-        "ours": lambda: jax.block_until_ready(multiply(a, b)),
-        "peer": lambda: their_a @ their_b,
-    }
-    taken: dict[str, list[float]] = {name: [] for name in products}
-    for _ in range(50):
-        for name, product in products.items():
-            begin = time.perf_counter()
-            product()
-            taken[name].append(time.perf_counter() - begin)
-    return {name: 2 * m * k * n / statistics.median(times) for name, times in taken.items()}
+def product_flops(dtype: str, rows: int, length: int, repeats: int) -> dict[str, float]:
+    """FLOPs per second of a large matrix product in our program and in theirs."""
+    taken = take_turns([serving("product", Path(), dtype, rows, length, who) for who in ("ours", "peer")], repeats)
+    flops = PRODUCTS * 2 * rows * length * SHAPE["hidden_size"] * SHAPE["intermediate_size"]
+    return {who: flops / time_ for who, (time_, _) in zip(("ours", "peer"), taken, strict=True)}
 
 
 def judge(rows: list[dict], ceilings: dict[str, float], with_their_products: dict[str, float]) -> dict[str, dict]:
@@ -338,7 +367,7 @@ def main() -> None:
     from flexolmo_jax.terminal import table
 
     jobs, shape = arguments.jobs.split(","), sizes[1:]
-    speeds = product_flops(*sizes)
+    speeds = product_flops(*sizes, arguments.repeats)
     per_flop = {job: math.prod(shape) / least_flops(job, *shape) for job in jobs}
     ceilings = {job: speeds["ours"] * per_flop[job] for job in jobs}
     rows = [row for job in jobs for row in measure(job, *sizes, arguments.repeats)]
