@@ -59,7 +59,7 @@ SHAPE = {
 }
 LEARNING_RATE = 1e-4
 PRODUCTS = 50
-"""In one turn of the job "product": each takes some 20 ms."""
+"""In one turn of the job "product": each takes 10 to 30 ms."""
 
 WARM_UP = 2
 """Times that a program does its job before its first turn: a compiler may want to see shapes twice."""
